@@ -1,0 +1,147 @@
+"""The control connection's socket side: bytes between a transport and a link, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Protocol, cast
+
+
+class ControlHandler(Protocol):
+    """The user of a control connection."""
+
+    def control_received(self, data: bytes) -> None:
+        """Bytes came."""
+
+    def control_lost(self, exc: Exception | None) -> None:
+        """The connection ended; None if the peer ended it in order."""
+
+
+class Control(Protocol):
+    """A control connection's sending side. Never blocks: the windows bound what can pile up."""
+
+    def start(self, handler: ControlHandler) -> None:
+        """Begin to read."""
+
+    def write(self, data: bytes) -> None:
+        """Send."""
+
+    def close(self) -> None:
+        """Flush and send nothing more. The connection ends when the peer does so as well."""
+
+    def abort(self) -> None:
+        """End the connection now."""
+
+    async def wait_ended(self) -> None:
+        """Wait until the connection has ended."""
+
+
+class TcpControl(asyncio.Protocol):
+    """A control connection over an asyncio transport. Reading is never paused."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._handler: ControlHandler | None = None
+        self._ended = asyncio.Event()
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> TcpControl:
+        """Take over a connected socket."""
+        loop = asyncio.get_running_loop()
+        _, control = await loop.create_connection(cls, sock=sock)
+        return control
+
+    def start(self, handler: ControlHandler) -> None:
+        self._handler = handler
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write_eof()
+
+    def abort(self) -> None:
+        if self._transport is None:
+            return
+        # A forked process may hold a copy of the descriptor: closing alone would not end the connection.
+        with contextlib.suppress(OSError):
+            self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        self._transport.abort()
+
+    async def wait_ended(self) -> None:
+        await self._ended.wait()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.pause_reading()
+
+    def data_received(self, data: bytes) -> None:
+        if self._handler is not None:
+            self._handler.control_received(data)
+
+    def eof_received(self) -> None:
+        return None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._ended.set()
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.control_lost(exc)
+
+
+class MemoryControl:
+    """One end of a control connection within one loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._peer: MemoryControl | None = None
+        self._handler: ControlHandler | None = None
+        self._early: list[bytes] = []
+        self._ended = asyncio.Event()
+
+    @classmethod
+    def pair(cls) -> tuple[MemoryControl, MemoryControl]:
+        """Two ends that deliver to each other on the loop's next turn."""
+        left, right = cls(), cls()
+        left._peer, right._peer = right, left
+        return left, right
+
+    def start(self, handler: ControlHandler) -> None:
+        self._handler = handler
+        early, self._early = self._early, []
+        for data in early:
+            handler.control_received(data)
+
+    def write(self, data: bytes) -> None:
+        if self._peer is not None:
+            self._loop.call_soon(self._peer._receive, data)
+
+    def close(self) -> None:
+        peer, self._peer = self._peer, None
+        if peer is not None:
+            self._loop.call_soon(peer._end)
+            self._loop.call_soon(self._end)
+
+    abort = close
+
+    async def wait_ended(self) -> None:
+        await self._ended.wait()
+
+    def _receive(self, data: bytes) -> None:
+        if self._handler is not None:
+            self._handler.control_received(data)
+        else:
+            self._early.append(data)
+
+    def _end(self) -> None:
+        self._peer = None
+        self._ended.set()
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.control_lost(None)

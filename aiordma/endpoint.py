@@ -1,0 +1,184 @@
+"""`connect`, `listen`, `serve`: how channels come to be."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import time
+import warnings
+from collections.abc import Callable, Coroutine, Generator
+from types import TracebackType
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from aiordma import assembly, handshake
+from aiordma.channel import Channel
+from aiordma.config import ChannelConfig
+from aiordma.errors import AiordmaError, ConfigError, ConnectError, ConnectTimeout, LaneRefused
+from aiordma.handshake import Parts
+from aiordma.listener import Handler, Listener, Server
+
+LaneKind = Literal["tcp", "verbs"]
+
+
+class _Closeable(Protocol):
+    async def aclose(self) -> None: ...
+
+
+C = TypeVar("C", bound=_Closeable)
+
+
+class Opening(Generic[C]):
+    """Something that is being opened: await it, or use it as ``async with``, which closes it."""
+
+    def __init__(self, open_: Callable[[], Coroutine[Any, Any, C]]) -> None:
+        self._open = open_
+        self._opened: C | None = None
+
+    def __await__(self) -> Generator[Any, Any, C]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> C:
+        self._opened = await self._open()
+        return self._opened
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._opened is not None:
+            await self._opened.aclose()
+
+
+def connect(
+    host: str,
+    port: int,
+    *,
+    config: ChannelConfig | None = None,
+    require: LaneKind | None = None,
+    timeout_s: float = 10.0,
+) -> Opening[Channel]:
+    """Open a channel to a listener: ``await connect(...)`` or ``async with connect(...) as channel``.
+
+    `require` refuses lanes of any other kind ("tcp" or "verbs"). Raises `ConnectError`: `ConnectTimeout` after
+    `timeout_s` seconds, `ForeignPeer`, `VersionMismatch`, `LaneRefused`; `Busy` beyond the memory budget.
+    Cancelled, nothing is left behind.
+    """
+    return Opening(lambda: _connect(host, port, config or ChannelConfig(), require, timeout_s))
+
+
+async def _connect(
+    host: str, port: int, config: ChannelConfig, require: LaneKind | None, timeout_s: float
+) -> Channel:
+    if require not in (None, "tcp", "verbs"):
+        raise ConfigError(f"require must be None, 'tcp' or 'verbs', not {require!r}")
+    if require == "verbs":
+        raise LaneRefused(
+            "require='verbs': this version has TCP lanes only; leave it out to use them"
+        )
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _open(host, port, config)
+    except TimeoutError as exc:
+        if isinstance(exc, AiordmaError):
+            raise
+        raise ConnectTimeout(
+            f"no channel to {host}:{port} within {timeout_s:g} s: the peer accepts connections but does not "
+            "answer, or the way there is blocked"
+        ) from exc
+
+
+async def _open(host: str, port: int, config: ChannelConfig) -> Channel:
+    parts = Parts(await handshake.dial(host, port), [])
+    try:
+        parts.rings = handshake.reserve(config, config.lanes)
+        handshake.tune_control(parts.control)
+        sent_at = time.perf_counter()
+        answer = await handshake.request(parts, config)
+        rtt_s = time.perf_counter() - sent_at
+        for lane in range(answer.lanes):
+            parts.lanes.append(await handshake.dial(host, port))
+            await handshake.open_lane(parts.lanes[-1], answer, lane, config)
+        channel = await assembly.build(parts, config, peer=f"{host}:{port}", rtt_s=rtt_s)
+    except BaseException:
+        parts.close()
+        raise
+    return channel
+
+
+def listen(
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    config: ChannelConfig | None = None,
+    insecure: bool = False,
+) -> Opening[Listener]:
+    """Accept channels at a port (0: any free one): ``async with listen() as listener``.
+
+    Binds to loopback only, since nothing is encrypted or authenticated yet: any other address needs
+    `insecure=True`, and warns. Raises `ConfigError`, or `ConnectError` if the address cannot be bound.
+    """
+    return Opening(lambda: _listen(host, port, config or ChannelConfig(), insecure))
+
+
+async def _listen(host: str, port: int, config: ChannelConfig, insecure: bool) -> Listener:
+    if not _is_loopback(host):
+        if not insecure:
+            raise ConfigError(
+                f"{host!r} is not a loopback address, and nothing is encrypted or authenticated: bind to "
+                "127.0.0.1 behind a tunnel, or pass insecure=True on a network that you trust"
+            )
+        warnings.warn(
+            f"aiordma listens on {host!r} without encryption or authentication",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = found[0]
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(128)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as exc:
+        raise ConnectError(
+            f"cannot listen on {host}:{port} ({exc.strerror or exc}): choose another port, or 0 for any"
+        ) from exc
+    return Listener(sock, config)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(
+    handler: Handler,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    config: ChannelConfig | None = None,
+    insecure: bool = False,
+) -> Opening[Server]:
+    """Run ``await handler(channel)`` in a task for each channel, and close it when its handler ends.
+
+    A `ChannelError` ends a handler quietly; any other exception goes to the loop's exception handler. Binds
+    like `listen`.
+    """
+
+    async def start() -> Server:
+        return Server(await _listen(host, port, config or ChannelConfig(), insecure), handler)
+
+    return Opening(start)

@@ -1,0 +1,264 @@
+"""The handshake's I/O: how two ends that have just connected find out what they can do together.
+
+Nothing is allocated for a peer before it has said something sensible, and everything it may say is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from aiordma.config import ChannelConfig
+from aiordma.errors import (
+    ChannelBroken,
+    ConfigError,
+    ConnectError,
+    ForeignPeer,
+    LaneRefused,
+    RemoteProtocolError,
+)
+from aiordma.ring import Ring
+from aiordma.wire import hello
+from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Limits, Refusal
+
+KEEPALIVE_IDLE_S: Final = 60
+KEEPALIVE_INTERVAL_S: Final = 15
+KEEPALIVE_PROBES: Final = 4
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a channel is made of, while it is being made. Closing gives everything back."""
+
+    control: socket.socket
+    rings: list[Ring]
+    lanes: list[socket.socket] = field(default_factory=list)
+    peer_limits: Limits | None = None
+
+    def close(self) -> None:
+        """Close every socket and ring."""
+        for sock in (self.control, *self.lanes):
+            sock.close()
+        for ring in self.rings:
+            ring.close()
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Slots a lane, and their size."""
+        return min(ring.slots for ring in self.rings), self.rings[0].slot_bytes
+
+
+def reserve(config: ChannelConfig, lanes: int) -> list[Ring]:
+    """A ring for each lane, all of one size. Raises `Busy` beyond the memory budget."""
+    rings: list[Ring] = []
+    slots = config.slots
+    try:
+        for _ in range(lanes):
+            rings.append(Ring(slots, config.slot_bytes))
+            slots = rings[-1].slots
+    except BaseException:
+        for ring in rings:
+            ring.close()
+        raise
+    return rings
+
+
+def limits_of(config: ChannelConfig, rings: list[Ring]) -> Limits:
+    """What this end accepts from the other."""
+    return Limits(
+        slots=min(ring.slots for ring in rings),
+        slot_bytes=config.slot_bytes,
+        messages=config.messages,
+        message_bytes=config.message_bytes,
+        open_transfers=config.open_transfers,
+        manifest_bytes=config.manifest_bytes,
+    )
+
+
+async def dial(host: str, port: int) -> socket.socket:
+    """A connected, non-blocking TCP socket. Raises `ConnectError` with the cause."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as exc:
+        raise ConnectError(f"cannot resolve {host!r}: {exc.strerror or exc}") from exc
+    failure: OSError | None = None
+    for family, kind, proto, _, address in found:
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+        except OSError as exc:
+            sock.close()
+            failure = exc
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+    reason = failure.strerror if failure is not None else "no address"
+    raise ConnectError(
+        f"cannot connect to {host}:{port} ({reason}): is the server running, and is the port right?"
+    ) from failure
+
+
+def tune_control(sock: socket.socket) -> None:
+    """Notice a peer whose host is gone though the channel is idle (tcp(7))."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def tune_lane(sock: socket.socket, config: ChannelConfig) -> None:
+    """Lanes send whole frames at once, under the configured congestion control."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if config.congestion is None:
+        return
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, config.congestion.encode())
+    except OSError as exc:
+        raise ConfigError(
+            f"congestion={config.congestion!r} is not available here ({exc.strerror}): "
+            "see /proc/sys/net/ipv4/tcp_available_congestion_control"
+        ) from exc
+
+
+async def say(sock: socket.socket, kind: bytes, body: Body) -> None:
+    """Send one handshake message."""
+    with _mapped("during the handshake"):
+        await asyncio.get_running_loop().sock_sendall(sock, hello.encode(kind, body))
+
+
+async def hear(sock: socket.socket) -> tuple[bytes, Body]:
+    """Receive one handshake message: its kind and body.
+
+    Raises `ForeignPeer` as soon as the first bytes are not ours, `VersionMismatch`, `RemoteProtocolError`, or
+    `ChannelBroken` if the peer hangs up.
+    """
+    preface = await _read(sock, hello.PREFACE_BYTES, is_preface=True)
+    kind, length = hello.decode_preface(preface)
+    return kind, hello.decode_body(await _read(sock, length))
+
+
+async def _read(sock: socket.socket, n: int, *, is_preface: bool = False) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = b""
+    with _mapped("during the handshake"):
+        while len(data) < n:
+            piece = await loop.sock_recv(sock, n - len(data))
+            if not piece:
+                if is_preface and not data:
+                    raise ForeignPeer(
+                        "the peer hung up without a word: something else than aiordma listens there, or a "
+                        "server that is shutting down or overloaded"
+                    )
+                raise ChannelBroken(
+                    f"the peer hung up during the handshake, after {len(data)} bytes"
+                )
+            data += piece
+            if is_preface:
+                hello.check_start(data)
+    return data
+
+
+@contextlib.contextmanager
+def _mapped(when: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if isinstance(exc, TimeoutError):
+            raise
+        raise ChannelBroken(f"the connection broke {when}: {exc.strerror or exc}") from exc
+
+
+# The connecting end
+
+
+async def request(parts: Parts, config: ChannelConfig) -> Answer:
+    """Say HELLO, and hear what is granted."""
+    limits = limits_of(config, parts.rings)
+    await say(parts.control, hello.CONTROL, Hello(limits, len(parts.rings), ("tcp",)))
+    _, answer = await hear(parts.control)
+    if isinstance(answer, Refusal):
+        raise ConnectError(f"the server refused the channel: {answer.reason}")
+    if not isinstance(answer, Answer) or not 1 <= answer.lanes <= len(parts.rings):
+        raise RemoteProtocolError(f"the server answered HELLO with {answer!r}")
+    hello.check_limits(answer.limits)
+    parts.peer_limits = answer.limits
+    while len(parts.rings) > answer.lanes:
+        parts.rings.pop().close()
+    return answer
+
+
+async def open_lane(sock: socket.socket, answer: Answer, lane: int, config: ChannelConfig) -> None:
+    """Prove that this connection is the session's lane, and check the server's proof."""
+    tune_lane(sock, config)
+    proof = hello.lane_proof(answer.key, answer.session, lane, "client")
+    await say(sock, hello.LANE, LaneProof(answer.session, lane, proof))
+    _, reply = await hear(sock)
+    if isinstance(reply, Refusal):
+        raise LaneRefused(f"the server refused lane {lane}: {reply.reason}")
+    expected = hello.lane_proof(answer.key, answer.session, lane, "server")
+    if not isinstance(reply, LaneProof) or not secrets.compare_digest(reply.proof, expected):
+        raise LaneRefused(f"the server did not prove that lane {lane} is its own")
+
+
+# The listening end
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A session whose lanes are still to come."""
+
+    parts: Parts
+    answer: Answer
+    joined: dict[int, socket.socket] = field(default_factory=dict)
+    complete: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    async def join(self, sock: socket.socket, proof: LaneProof, config: ChannelConfig) -> None:
+        """Take a lane in that proves itself; raises `LaneRefused` otherwise, and the session is none the worse."""
+        expected = hello.lane_proof(self.answer.key, self.answer.session, proof.lane, "client")
+        if not secrets.compare_digest(proof.proof, expected):
+            raise LaneRefused(f"the proof for lane {proof.lane} is wrong")
+        if proof.lane >= self.answer.lanes or proof.lane in self.joined:
+            raise LaneRefused(
+                f"the proof for lane {proof.lane} was used before, or there is no such lane"
+            )
+        self.joined[proof.lane] = sock
+        tune_lane(sock, config)
+        mine = hello.lane_proof(self.answer.key, self.answer.session, proof.lane, "server")
+        await say(sock, hello.LANE, LaneProof(self.answer.session, proof.lane, mine))
+        self.parts.lanes.append(sock)
+        if len(self.parts.lanes) == self.answer.lanes and not self.complete.done():
+            self.parts.lanes = [self.joined[i] for i in range(self.answer.lanes)]
+            self.complete.set_result(None)
+
+
+async def grant(sock: socket.socket, greeting: Hello, config: ChannelConfig) -> Pending:
+    """Answer a HELLO: so many lanes, each with a ring that is reserved now."""
+    hello.check_limits(greeting.limits)
+    if "tcp" not in greeting.lane_kinds or greeting.lanes < 1:
+        raise RemoteProtocolError(
+            f"a HELLO that wants {greeting.lanes} lanes of {greeting.lane_kinds}"
+        )
+    tune_control(sock)
+    parts = Parts(sock, reserve(config, min(config.lanes, greeting.lanes)))
+    parts.peer_limits = greeting.limits
+    answer = Answer(
+        limits=limits_of(config, parts.rings),
+        lanes=len(parts.rings),
+        lane_kind="tcp",
+        session=secrets.token_bytes(16),
+        key=secrets.token_bytes(32),
+    )
+    return Pending(parts, answer)

@@ -1,0 +1,1 @@
+"""Lanes: movers of chunks. They know slots and memory, and nothing of manifests, rounds or tensors."""

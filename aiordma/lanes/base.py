@@ -1,0 +1,68 @@
+"""What a lane is, and what it asks of the one that uses it.
+
+All calls are plain calls on the event loop's thread. A handler may call `post` from within `sent`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from aiordma.wire.frames import ChunkHeader
+
+
+class LaneHandler(Protocol):
+    """The user of a lane."""
+
+    def place(self, header: ChunkHeader) -> memoryview:
+        """Where this chunk's payload goes: a writable view of `header.length` bytes.
+
+        A lane that can write there directly asks before the first byte of the payload is stored. Raises
+        `RemoteProtocolError` if the chunk must not come; the lane then reports itself lost.
+        """
+
+    def arrived(self, header: ChunkHeader) -> None:
+        """The whole payload is where `place` said, or in the header's slot if `place` was not asked."""
+
+    def sent(self, header: ChunkHeader) -> None:
+        """The lane needs the payload's memory no more, and has room for another chunk."""
+
+    def credited(self, slots: int) -> None:
+        """The peer gives back the slots whose bits are set."""
+
+    def lost(self, exc: Exception | None) -> None:
+        """The lane moves nothing any more; None if the peer ended it between two frames. Called once at most."""
+
+
+class Lane(Protocol):
+    """One bulk path to the peer, in both directions."""
+
+    @property
+    def kind(self) -> str:
+        """ "memory", "tcp" or "verbs"."""
+
+    @property
+    def room(self) -> int:
+        """How many chunks `post` takes now."""
+
+    def start(self, handler: LaneHandler) -> None:
+        """Begin to move. Until then nothing is read."""
+
+    def post(self, header: ChunkHeader, parts: Sequence[memoryview]) -> None:
+        """Send a chunk: its payload is the parts, joined, and belongs to the lane until `sent`.
+
+        Never blocks. There must be room.
+        """
+
+    def credit(self, slots: int) -> None:
+        """Tell the peer that the slots whose bits are set are its own again. Needs no room."""
+
+    def recall(self, transfer: int, *, is_sending: bool) -> None:
+        """Let go of the memory of this transfer, now: the caller gets it back.
+
+        What the lane still has to send of it is copied aside. A chunk that is being received into memory
+        that `place` named is moved to where `place` says on being asked again.
+        """
+
+    async def aclose(self) -> None:
+        """Stop. When this returns, no memory is read or written any more, and `lost` is not called again."""

@@ -1,0 +1,395 @@
+"""The shell that joins a session, its lanes and the memory: everything that happens on a channel's loop.
+
+Chunks to send wait in one place only: for a claim and a credit, in `Sender.next`. Whatever frees one of the
+two ends in `fill`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Final
+
+from aiordma.config import ChannelConfig
+from aiordma.control import Control
+from aiordma.errors import (
+    AiordmaError,
+    ChannelBroken,
+    ChannelClosed,
+    ChecksumError,
+    PeerTimeout,
+    RemoteProtocolError,
+    TransferTimeout,
+    again,
+)
+from aiordma.port import Port, Subject
+from aiordma.pulse import Pulse
+from aiordma.queues import Fifo, Gate
+from aiordma.stats import Counters
+from aiordma.tensors import Outgoing
+from aiordma.transfer import Chunk, Reception, Send, Stage, Transfer
+from aiordma.wire import control as wire, frames
+from aiordma.wire.frames import ChunkHeader
+from aiordma.wire.receiving import Incoming, Verdict
+from aiordma.wire.session import Session, error_of
+
+_GRACE_S: Final = 1.0
+"""How long a lane that ended waits for the control connection to say why."""
+
+
+class Link:
+    """One end of a channel, without its public face."""
+
+    def __init__(self, session: Session, control: Control, config: ChannelConfig) -> None:
+        self.session = session
+        self.config = config
+        self.counters = Counters()
+        self.ports: list[Port] = []
+        self.error: ChannelBroken | ChannelClosed | None = None
+        self.transfers: Fifo[Transfer] = Fifo(undo=_let_go, on_waiting=self._claim_ahead)
+        self.messages: Fifo[bytes] = Fifo()
+        self.opens = Gate(session.opens_out)
+        self.outbox = Gate(session.messages_out)
+        self.sends: dict[int, Send] = {}
+        self.receptions: dict[int, Reception] = {}
+        self._early: dict[int, list[tuple[float, ChunkHeader, Chunk]]] = {}
+        self._control = control
+        self._pulse = Pulse(self, config.idle_timeout_s)
+        self._closing: asyncio.Task[None] | None = None
+
+    def start(self, ports: list[Port]) -> None:
+        """Begin to move, once every lane is there."""
+        self.ports = ports
+        for port in ports:
+            port.lane.start(port)
+        self._control.start(self)
+
+    def check(self) -> None:
+        """Raise if the channel is over."""
+        if self.error is not None:
+            raise again(self.error)
+
+    # Sending
+
+    def send(self, outgoing: Outgoing) -> Send:
+        """Open a transfer, whose cost was spent already, and start to send it."""
+        self.check()
+        transfer = self.session.open(
+            outgoing.manifest_bytes, outgoing.meta_bytes, outgoing.manifest.total_bytes
+        )
+        send = self.sends[transfer] = Send(transfer, outgoing, self._pulse.now())
+        self.flush()
+        self._fill_all()
+        self._pulse.start()
+        return send
+
+    def stop_sending(self, send: Send, error: AiordmaError | None, reason: str) -> None:
+        """Abort a transfer of ours, unless it is over; its memory is the caller's again."""
+        if self.sends.pop(send.id, None) is None:
+            return
+        self._recall(send.id, is_sending=True)
+        if self.error is None:
+            self.session.abort_sending(send.id, error, reason)
+            self.flush()
+            self._fill_all()
+
+    def message(self, payload: bytes) -> None:
+        """Send a message, whose cost was spent already."""
+        self.check()
+        self.session.message(payload)
+        self.counters.sent_messages += 1
+        self.flush()
+
+    def message_taken(self, payload: bytes) -> None:
+        """The user has the message."""
+        self.counters.received_messages += 1
+        if self.error is None:
+            self.session.message_taken(len(payload))
+            self.flush()
+
+    async def ping(self) -> float:
+        """One round trip over the control connection, in seconds."""
+        self.check()
+        return await self._pulse.ping()
+
+    def flush(self) -> None:
+        """Hand the session's control bytes to the connection."""
+        data = self.session.data_to_send()
+        if data:
+            self._control.write(data)
+
+    def _fill_all(self) -> None:
+        for port in self.ports:
+            self.fill(port)
+
+    def fill(self, port: Port) -> None:
+        while self.error is None and port.lane.room:
+            plan = self.session.sender.next(port.index)
+            if plan is None:
+                self.counters.credit_waits += self.session.sender.has_waiting
+                return
+            port.post(plan, self.sends[plan.transfer].outgoing, checksum=self.config.checksum)
+
+    def moved(self, transfer: int) -> None:
+        send = self.sends.get(transfer)
+        if send is not None:
+            send.moved_at = self._pulse.now()
+
+    def credited(self, port: Port, slots: int) -> None:
+        self._pulse.heard()
+        for transfer in self.session.sender.credited(port.index, slots):
+            self.moved(transfer)
+        self._fill_all()
+
+    # Receiving
+
+    def admit(self, header: ChunkHeader) -> Subject:
+        verdict = self.session.receiver.admit(header)
+        return self.receptions[verdict.id] if isinstance(verdict, Incoming) else verdict
+
+    def came(self, header: ChunkHeader, chunk: Chunk, subject: Subject) -> None:
+        self._pulse.heard()
+        if subject is Verdict.EARLY:
+            if header.transfer > self.session.receiver.last:
+                self._early.setdefault(header.transfer, []).append(
+                    (self._pulse.now(), header, chunk)
+                )
+                self._pulse.start()
+                return
+            subject = self.admit(header)
+        if not isinstance(subject, Reception) or subject.is_over:
+            self.counters.discarded_chunks += 1
+            chunk.release()
+            return
+        if header.check is not None and header.check != frames.xxh3(chunk.view):
+            chunk.release()
+            error = ChecksumError(
+                f"transfer {header.transfer}: the chunk at byte {header.offset} is damaged; send it again"
+            )
+            subject.give_up(error, str(error))
+            return
+        subject.moved_at = self._pulse.now()
+        self.session.chunk_came(subject.incoming, chunk.nbytes)
+        subject.take(chunk)
+        if subject.stage is Stage.OFFERED and subject.incoming.was_claimed:
+            self.copied(subject.move_aside())
+        self.flush()
+
+    def claim(self, reception: Reception) -> None:
+        if self.error is None:
+            self.session.claim(reception.incoming.id)
+            self.flush()
+            self._pulse.start()
+
+    def unclaim(self, reception: Reception) -> None:
+        if self.error is None:
+            self.session.unclaim(reception.incoming.id)
+            self.flush()
+
+    def done(self, reception: Reception) -> None:
+        self.receptions.pop(reception.incoming.id, None)
+        if self.error is None:
+            self.session.done(reception.incoming)
+            self.flush()
+
+    def abort(self, reception: Reception, error: AiordmaError | None, reason: str) -> None:
+        self.receptions.pop(reception.incoming.id, None)
+        self._untake(reception)
+        if self.error is None:
+            self.session.abort_receiving(reception.incoming, error, reason)
+            self.flush()
+
+    def recall(self, reception: Reception) -> None:
+        self._recall(reception.incoming.id, is_sending=False)
+
+    def _untake(self, reception: Reception) -> None:
+        self.transfers.discard(lambda transfer: transfer.reception is reception)
+
+    def copied(self, nbytes: int) -> None:
+        self.counters.copied_bytes += nbytes
+
+    def _recall(self, transfer: int, *, is_sending: bool) -> None:
+        for port in self.ports:
+            port.lane.recall(transfer, is_sending=is_sending)
+
+    def _claim_ahead(self, waiting: int) -> None:
+        # Takers wait: claim what the peer opens next, so that its chunks need not wait for a round trip.
+        if self.error is None:
+            self.session.claim_next(waiting)
+            self.flush()
+
+    # Control connection
+
+    def control_received(self, data: bytes) -> None:
+        self._pulse.heard()
+        try:
+            for event in self.session.receive(data):
+                if self.error is not None:
+                    return
+                self._handle(event)
+        except RemoteProtocolError as exc:
+            self.fail(exc)
+        if self.error is None:
+            self.flush()
+
+    def control_lost(self, exc: Exception | None) -> None:
+        broken = ChannelBroken(
+            "the peer ended the connection without a goodbye: it died, or was cut off"
+        )
+        broken.__cause__ = exc
+        self.fail(broken)
+
+    def _handle(self, event: Incoming | wire.Frame) -> None:
+        match event:
+            case Incoming():
+                self._opened(event)
+            case wire.Message():
+                self.messages.put(event.payload)
+            case wire.Acked():
+                self._acknowledged(event.transfer)
+            case wire.Done():
+                send = self.sends.pop(event.transfer, None)
+                if send is not None and not send.consumed.done():
+                    send.consumed.set_result(None)
+            case wire.Abort():
+                self._aborted(event)
+            case wire.Claim():
+                self.moved(event.transfer)
+                self._fill_all()
+            case wire.MessageCredit():
+                self.outbox.open()
+            case wire.OpenCredit():
+                self.opens.open()
+            case wire.Pong():
+                self.counters.rtt_s = self._pulse.answered(event.token) or self.counters.rtt_s
+            case wire.Bye():
+                self.fail(ChannelClosed(f"the peer closed the channel: {event.reason}"))
+
+    def _opened(self, incoming: Incoming) -> None:
+        reception = self.receptions[incoming.id] = Reception(incoming, self, self._pulse.now())
+        self.transfers.put(Transfer(reception))
+        self._claim_ahead(self.transfers.waiting)
+        for _, header, chunk in self._early.pop(incoming.id, ()):
+            self.came(header, chunk, self.admit(header))
+
+    def _acknowledged(self, transfer: int) -> None:
+        send = self.sends.get(transfer)
+        if send is not None and not send.acknowledged.done():
+            # By the peer's word alone no lane would have let go of the memory yet.
+            self._recall(transfer, is_sending=True)
+            send.acknowledged.set_result(None)
+
+    def _aborted(self, abort: wire.Abort) -> None:
+        error = error_of(abort)
+        if abort.by_sender:
+            reception = self.receptions.pop(abort.transfer, None)
+            if reception is not None:
+                self._untake(reception)
+                reception.fail(error)
+                self.recall(reception)
+            return
+        send = self.sends.pop(abort.transfer, None)
+        if send is not None:
+            self._recall(abort.transfer, is_sending=True)
+            send.fail(error)
+            self._fill_all()
+
+    # Time
+
+    @property
+    def is_busy(self) -> bool:
+        return self.error is None and bool(self.sends or self.receptions or self._early)
+
+    def send_ping(self, token: int) -> None:
+        self.session.ping(token)
+        self.flush()
+
+    def silent(self, error: PeerTimeout) -> None:
+        self.fail(error)
+
+    def judge(self, now: float) -> None:
+        idle_s = self.config.idle_timeout_s
+        for send in list(self.sends.values()):
+            if now - send.moved_at > idle_s and self.session.sender.is_claimed(send.id):
+                timeout = TransferTimeout(
+                    f"transfer {send.id} made no progress for {idle_s:g} s: the peer claimed it, and "
+                    "takes no chunks"
+                )
+                self.stop_sending(send, timeout, str(timeout))
+                send.fail(timeout)
+        for reception in list(self.receptions.values()):
+            if reception.is_waiting and now - reception.moved_at > idle_s:
+                timeout = TransferTimeout(
+                    f"transfer {reception.incoming.id} made no progress for {idle_s:g} s: no chunk came, "
+                    f"and {reception.lent} that came were not released"
+                )
+                reception.give_up(timeout, str(timeout))
+        for transfer, chunks in self._early.items():
+            if now - chunks[0][0] > idle_s:
+                self.fail(
+                    RemoteProtocolError(f"a chunk of transfer {transfer}, which was never opened")
+                )
+                return
+
+    # Ends
+
+    def lane_lost(self, port: Port, exc: Exception | None) -> None:
+        if self.error is not None:
+            return
+        if isinstance(exc, RemoteProtocolError):
+            self.fail(exc)
+            return
+        broken = ChannelBroken(f"lane {port.index} ({port.lane.kind}) is lost: {exc or 'it ended'}")
+        broken.__cause__ = exc
+        # A peer that closes ends its lanes and its control connection together; which we see first is chance.
+        asyncio.get_running_loop().call_later(_GRACE_S, self.fail, broken)
+
+    def fail(self, error: ChannelBroken | ChannelClosed) -> None:
+        """The channel is over; everybody who waits is told. What came whole can still be received."""
+        if self.error is not None:
+            return
+        self.error = error
+        self._pulse.stop(error)
+        for send in list(self.sends.values()):
+            self._recall(send.id, is_sending=True)
+            send.fail(again(error))
+        self.sends.clear()
+        for reception in list(self.receptions.values()):
+            if not reception.incoming.is_complete:
+                self._untake(reception)
+                reception.fail(again(error))
+                self.recall(reception)
+        self._early.clear()
+        for ending in (self.opens, self.outbox, self.transfers, self.messages):
+            ending.fail(error)
+        self._closing = asyncio.get_running_loop().create_task(self._close(error))
+
+    async def aclose(self, reason: str) -> None:
+        """Say goodbye, wait up to `close_timeout_s` for the peer's, then let go of everything."""
+        if self.error is None:
+            self.session.bye(reason)
+            self.flush()
+            self.fail(ChannelClosed("this end closed the channel"))
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+        for port in self.ports:
+            port.ring.close()
+
+    async def _close(self, error: ChannelBroken | ChannelClosed) -> None:
+        try:
+            if isinstance(error, ChannelClosed):
+                # The peer answers a goodbye by ending the connection; a goodbye of its own is answered so.
+                self._control.close()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.config.close_timeout_s):
+                        await self._control.wait_ended()
+        finally:
+            self._control.abort()
+            for port in self.ports:
+                await port.lane.aclose()
+
+
+def _let_go(transfer: Transfer) -> bool:
+    """Undo what a cancelled taker began; whether the transfer can be taken again."""
+    transfer.reception.let_go()
+    return transfer.reception.stage is Stage.OFFERED

@@ -1,0 +1,154 @@
+"""Two small first-in-first-out things that cancellation cannot break: a queue, and a gate to a window."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from aiordma.errors import AiordmaError, again
+from aiordma.wire.credit import SendWindow
+
+T = TypeVar("T")
+
+
+def _ignore(item: object) -> None:
+    pass
+
+
+def _keep(item: object) -> bool:
+    return True
+
+
+class Fifo(Generic[T]):
+    """Items in order, for any number of waiting takers in order.
+
+    Not bounded here: the peer's window bounds what can be in it.
+    """
+
+    def __init__(
+        self,
+        *,
+        undo: Callable[[T], bool] = _keep,
+        on_waiting: Callable[[int], None] = _ignore,
+    ) -> None:
+        """`undo` takes back what a taker's `accept` did, and says whether the item is still whole;
+        `on_waiting` is told how many takers wait."""
+        self._items: deque[T] = deque()
+        self._takers: deque[tuple[asyncio.Future[T], Callable[[T], None]]] = deque()
+        self._undo = undo
+        self._on_waiting = on_waiting
+        self._error: AiordmaError | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def waiting(self) -> int:
+        """How many takers wait."""
+        return len(self._takers)
+
+    def put(self, item: T) -> None:
+        """Hand the item to the first taker that waits, else keep it."""
+        self._items.append(item)
+        self._hand_over()
+
+    def put_back(self, item: T) -> None:
+        """Make it the first item again."""
+        self._items.appendleft(item)
+        self._hand_over()
+
+    def discard(self, is_gone: Callable[[T], bool]) -> None:
+        """Drop the items that nobody took and nobody should."""
+        self._items = deque(item for item in self._items if not is_gone(item))
+
+    def fail(self, error: AiordmaError) -> None:
+        """Nothing will be put any more: takers get the error once the items are gone."""
+        self._error = error
+        takers, self._takers = self._takers, deque()
+        for future, _ in takers:
+            if not future.done():
+                future.set_exception(again(error))
+
+    async def take(self, accept: Callable[[T], None] = _ignore) -> T:
+        """The next item. `accept` is called with it the moment that it is there; if it raises, so does
+        this, and the item stays first. Cancelling loses no item."""
+        if self._items and not self._takers:
+            item = self._items[0]
+            accept(item)
+            self._items.popleft()
+            return item
+        if self._error is not None:
+            raise again(self._error)
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._takers.append((future, accept))
+        self._on_waiting(len(self._takers))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                if self._undo(future.result()):
+                    self.put_back(future.result())
+            else:
+                self._takers = deque(t for t in self._takers if t[0] is not future)
+                self._on_waiting(len(self._takers))
+            raise
+
+    def _hand_over(self) -> None:
+        while self._items and self._takers:
+            future, accept = self._takers.popleft()
+            if future.done():
+                continue
+            item = self._items[0]
+            try:
+                accept(item)
+            except AiordmaError as exc:
+                future.set_exception(exc)
+                continue
+            self._items.popleft()
+            future.set_result(item)
+
+
+class Gate:
+    """Whoever wants to send waits here, in order, until the peer's window has room."""
+
+    def __init__(self, window: SendWindow) -> None:
+        self._window = window
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._error: AiordmaError | None = None
+
+    async def enter(self, nbytes: int) -> None:
+        """Spend `nbytes` of the window. A cancelled wait spends nothing."""
+        if self._error is not None:
+            raise again(self._error)
+        if not self._waiting and self._window.fits(nbytes):
+            self._window.spend(nbytes)
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((nbytes, future))
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._window.refund(nbytes)
+            else:
+                self._waiting = deque(w for w in self._waiting if w[1] is not future)
+            self.open()
+            raise
+
+    def open(self) -> None:
+        """The window may have grown: let in whom it fits."""
+        while self._waiting and self._window.fits(self._waiting[0][0]):
+            nbytes, future = self._waiting.popleft()
+            if not future.done():
+                self._window.spend(nbytes)
+                future.set_result(None)
+
+    def fail(self, error: AiordmaError) -> None:
+        """Nobody gets in any more."""
+        self._error = error
+        waiting, self._waiting = self._waiting, deque()
+        for _, future in waiting:
+            if not future.done():
+                future.set_exception(again(error))

@@ -1,0 +1,398 @@
+"""Arrays <-> specs and bytes, without a copy.
+
+numpy arrays, torch tensors, objects with the buffer protocol or `__dlpack__` become `TensorSpec`s
+and borrowed byte views, and back. bfloat16 and the float8 dtypes go by byte view, since plain numpy
+has no such dtypes. torch is looked up among the loaded modules: who passes a tensor has loaded it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import msgspec
+import numpy as np
+
+from aiordma.errors import ManifestError, TensorError
+from aiordma.wire import manifest as wire
+from aiordma.wire.manifest import Manifest, TensorSpec
+
+MAX_META_BYTES = 64 * 1024
+
+Array: TypeAlias = Any
+"""A numpy.ndarray or a torch.Tensor, as the caller asked for."""
+Framework: TypeAlias = Literal["numpy", "torch"]
+
+# numpy (with ml_dtypes) and torch call their dtypes by the same names: F8_E5M2 is float8_e5m2.
+_KINDS = {"U": "uint", "I": "int", "F": "float", "C": "complex"}
+_DTYPES = {d: _KINDS[d[0]] + d[1:].lower() for d in wire.ITEM_BYTES if d[0] in _KINDS}
+_DTYPES |= {"BOOL": "bool", "BF16": "bfloat16"}
+_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"}
+_WIRE_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
+_CONVERT = f"convert it to one of {', '.join(_WIRE_NAMES)}"
+_FORMATS = {"?": "BOOL", "Zf": "C64"}
+_FORMATS |= {f"{char}{n}": f"I{8 * n}" for char in "bhilqn" for n in (1, 2, 4, 8)}
+_FORMATS |= {f"{char}{n}": f"U{8 * n}" for char in "BHILQN" for n in (1, 2, 4, 8)}
+_FORMATS |= {f"{char}{n}": f"F{8 * n}" for char, n in (("e", 2), ("f", 4), ("d", 8))}
+
+
+class _Memory(NamedTuple):
+    """One array, seen as the bytes that it holds."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    device: str
+    address: int
+    data: Any
+    """On the host: a memoryview of bytes. Elsewhere: a flat torch.uint8 tensor on the device."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outgoing:
+    """Tensors that are described once and can be sent to any number of channels.
+
+    Made by `prepare`. Holds references to the arrays and copies nothing: what is written into an
+    array before it was sent is what travels.
+    """
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    meta_bytes: bytes
+    """`meta` as msgpack; empty for None."""
+    is_host: bool
+    """False if a tensor lives on a device, so that its bytes have to be staged."""
+    _memory: Mapping[int, _Memory]
+
+    def with_meta(self, meta: object) -> Outgoing:
+        """The same tensors with another `meta`. Raises `TensorError` as `prepare` does."""
+        return replace(self, meta_bytes=_encode_meta(meta))
+
+    def views(self, offset: int, length: int) -> list[memoryview]:
+        """The host memory of the chunk [offset, offset + length): no copies, in layout order.
+
+        The views are borrowed from the arrays, and must not be written. Raises `TensorError` if the
+        chunk touches a tensor on a device; `ManifestError` for what is no chunk of this data.
+        """
+        views: list[memoryview] = []
+        for spec, _, start, nbytes in self.manifest.parts(offset, length):
+            memory, first = self._memory[spec.offset], start - spec.offset
+            if memory.device != "cpu":
+                raise _error(spec.name, f"lives on {memory.device}: use stage()")
+            views.append(memory.data[first : first + nbytes])
+        return views
+
+    def stage(self, offset: int, length: int, into: memoryview) -> None:
+        """Copy the chunk [offset, offset + length) into the first `length` bytes of `into`.
+
+        `into` is writable host memory of bytes. The copy from a device is complete on return.
+        """
+        for spec, _, start, nbytes in self.manifest.parts(offset, length):
+            memory, first = self._memory[spec.offset], start - spec.offset
+            target = into[start - offset : start - offset + nbytes]
+            source = memory.data[first : first + nbytes]
+            if memory.device == "cpu":
+                target[:] = source
+            else:
+                sys.modules["torch"].frombuffer(target, dtype=source.dtype).copy_(source)
+
+
+def prepare(tensors: Mapping[str, object], *, meta: object = None) -> Outgoing:
+    """Describe tensors for sending. Nothing is copied.
+
+    `tensors` maps names (at most 1024 bytes of UTF-8) to numpy arrays, torch tensors, objects with
+    `__dlpack__`, or objects with the buffer protocol (of a dtype that their format tells, or else
+    U8). All must be C-contiguous and of a dtype in `ITEM_BYTES`. Those that are the same memory,
+    dtype and shape travel once. `meta` is any object that msgpack can encode in 64 KiB.
+
+    Raises `TensorError`, which names the tensor and the remedy.
+    """
+    _require_mapping("tensors", tensors)
+    memory = {name: _describe(name, value) for name, value in tensors.items()}
+    manifest = wire.lay_out(
+        (name, m.dtype, m.shape, (m.device, m.address)) for name, m in memory.items()
+    )
+    try:
+        wire.check(manifest, max_tensors=len(memory), max_total_bytes=wire.MAX_BYTES)
+    except ManifestError as exc:
+        raise TensorError(f"these tensors cannot be sent: {exc}") from exc
+    by_offset = {spec.offset: memory[spec.name] for spec in manifest.tensors if spec.nbytes}
+    return Outgoing(
+        manifest=manifest,
+        manifest_bytes=wire.encode(manifest),
+        meta_bytes=_encode_meta(meta),
+        is_host=all(m.device == "cpu" for m in by_offset.values()),
+        _memory=by_offset,
+    )
+
+
+def allocate(manifest: Manifest, framework: Framework) -> tuple[memoryview, dict[str, Array]]:
+    """One uninitialised, 64-byte aligned buffer for a checked manifest's data, and arrays in it.
+
+    Returns the buffer as a writable view of `total_bytes` bytes, and the arrays by name in the
+    manifest's order; they are views into the buffer, and tied tensors share their memory. Raises
+    `TensorError`, before anything is allocated, for a dtype that the framework does not have.
+    """
+    if framework not in ("numpy", "torch"):
+        raise TensorError(f"unknown framework {framework!r}: use 'numpy' or 'torch'")
+    try:
+        torch: Any = importlib.import_module("torch") if framework == "torch" else None
+    except ImportError as exc:
+        raise TensorError("framework='torch' needs torch: install it, or use 'numpy'") from exc
+    dtypes = [_dtype_in(torch, spec) for spec in manifest.tensors]
+    size = manifest.total_bytes
+    try:
+        raw = np.empty(size + wire.CHUNK_ALIGN_BYTES, np.uint8)
+    except MemoryError as exc:
+        raise TensorError(f"no memory for these {size} bytes: take them by chunks()") from exc
+    first = -raw.ctypes.data % wire.CHUNK_ALIGN_BYTES
+    buffer = raw[first : first + size]
+    flat: Any = buffer if torch is None else torch.from_numpy(raw)[first : first + size]
+    arrays = {
+        spec.name: flat[spec.offset : spec.end].view(dtype).reshape(spec.shape)
+        for spec, dtype in zip(manifest.tensors, dtypes, strict=True)
+    }
+    return buffer.data, arrays
+
+
+class Destination:
+    """Where a transfer's data goes: the one buffer of `allocate`, or the caller's own arrays.
+
+    Its memory holds undefined bytes until the transfer has succeeded and `finish` was called.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        memory: Mapping[int, memoryview] | memoryview,
+        ties: Iterable[tuple[memoryview, memoryview]] = (),
+    ) -> None:
+        """`memory`: one buffer, or a range's first byte -> its memory. `ties`: (source, target)."""
+        self._manifest = manifest
+        self._whole = memory if isinstance(memory, memoryview) else None
+        self._memory = {} if isinstance(memory, memoryview) else memory
+        self._ties = tuple(ties)
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """The final place of the chunk [offset, offset + length), if it is contiguous memory.
+
+        None if the chunk lies in several of the caller's arrays: then use `scatter`. Never None if
+        the destination is one buffer. Raises `ManifestError` for what is no chunk of this data.
+        """
+        parts = self._manifest.parts(offset, length)
+        if self._whole is not None:
+            return self._whole[offset : offset + length]
+        first = next(parts, None)
+        if first is None or first.nbytes != length:
+            return None
+        begin = offset - first.spec.offset
+        return self._memory[first.spec.offset][begin : begin + length]
+
+    def scatter(self, offset: int, data: memoryview) -> int:
+        """Copy a chunk's bytes, the first of which is byte `offset`, to where they belong.
+
+        Returns how many bytes were copied. Raises `ManifestError` for what is no chunk.
+        """
+        whole = self.view(offset, data.nbytes)
+        if whole is not None:
+            whole[:] = data
+            return data.nbytes
+        for spec, _, start, nbytes in self._manifest.parts(offset, data.nbytes):
+            first = start - spec.offset
+            source = data[start - offset : start - offset + nbytes]
+            self._memory[spec.offset][first : first + nbytes] = source
+        return data.nbytes
+
+    def finish(self) -> int:
+        """Fill the further arrays of tied tensors, which travelled once. Returns bytes copied."""
+        for source, target in self._ties:
+            target[:] = source
+        return sum(target.nbytes for _, target in self._ties)
+
+
+def destination(manifest: Manifest, into: Mapping[str, object]) -> Destination:
+    """The caller's own arrays as the place for a checked manifest's data.
+
+    `into` has exactly the manifest's names; each array is writable, C-contiguous host memory of the
+    dtype and shape that the manifest says, and overlaps no other, except that tied tensors may be
+    one array. Raises `TensorError`, which names the tensor, what is needed and what it got.
+    """
+    _require_mapping("into", into)
+    specs = {spec.name: spec for spec in manifest.tensors}
+    missing = [name for name in specs if name not in into]
+    unknown = [name for name in into if name not in specs]
+    if missing or unknown:
+        differing = f"it lacks {missing[:5]}, and has {unknown[:5]} besides"
+        raise TensorError(f"`into` must have exactly the transfer's names: {differing}")
+    memory: dict[int, _Memory] = {}
+    taken: list[tuple[int, TensorSpec]] = []
+    ties: list[tuple[memoryview, memoryview]] = []
+    for name, spec in specs.items():
+        found = _describe_target(spec, into[name])
+        if spec.nbytes:
+            taken.append((found.address, spec))
+            first = memory.setdefault(spec.offset, found)
+            if first.address != found.address:
+                ties.append((first.data, found.data))
+    _check_disjoint(taken)
+    return Destination(manifest, {offset: m.data for offset, m in memory.items()}, ties)
+
+
+def typed_view(spec: TensorSpec, data: memoryview) -> np.ndarray[Any, Any]:
+    """Whole elements of the tensor as a 1-D, read-only, borrowed numpy view of `data`.
+
+    The dtype is the spec's. Without ml_dtypes, BF16 comes as uint16 and the F8 dtypes come as
+    uint8: the raw bits.
+    """
+    dtype = _numpy_dtype(spec.dtype) or np.dtype(f"uint{8 * spec.item_bytes}")
+    return np.frombuffer(data.toreadonly(), dtype)
+
+
+def _describe(name: object, value: object) -> _Memory:
+    if not isinstance(name, str):
+        raise TensorError(f"tensor name {name!r} is a {_kind(name)}: names are str")
+    torch = sys.modules.get("torch")
+    if isinstance(value, getattr(torch, "Tensor", ())):  # none yet while a thread imports torch
+        return _describe_torch(name, value, torch)
+    if isinstance(value, np.ndarray | np.generic):
+        return _describe_numpy(name, value)
+    if hasattr(value, "__dlpack__"):
+        try:
+            shared = np.from_dlpack(cast(Any, value))
+        except (BufferError, RuntimeError, TypeError, ValueError) as exc:
+            why = f"({_kind(value)}) cannot be shared by DLPack ({exc}): pass a numpy array of it"
+            raise _error(name, why) from exc
+        return _describe_numpy(name, shared)
+    return _describe_buffer(name, value)
+
+
+def _describe_numpy(name: str, value: np.ndarray[Any, Any] | np.generic) -> _Memory:
+    if isinstance(value, np.ndarray) and hasattr(value, "mask"):
+        raise _error(name, "is masked, and its mask would be lost: pass .filled() of it")
+    array = np.asarray(value)
+    dtype = _WIRE_NAMES.get(array.dtype.name)
+    if dtype is None:
+        raise _error(name, f"has the unsupported numpy dtype {array.dtype}: {_CONVERT}")
+    if not array.dtype.isnative:
+        order = f"has the foreign byte order {array.dtype.str!r}"
+        raise _error(name, f"{order}: pass .astype({array.dtype.name!r}) of it")
+    if not array.flags.c_contiguous:
+        raise _error(name, "is not contiguous: pass np.ascontiguousarray of it")
+    flat = array.reshape(-1).view(np.uint8)
+    return _Memory(dtype, array.shape, "cpu", flat.ctypes.data, flat.data)
+
+
+def _describe_torch(name: str, tensor: Any, torch: Any) -> _Memory:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise _error(name, "is sparse or nested: pass .to_dense() of it, or its parts")
+    dtype = _WIRE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise _error(name, f"has the unsupported dtype {tensor.dtype}: {_CONVERT}")
+    if tensor.is_meta:
+        raise _error(name, "is on the meta device, without data: materialise it first")
+    if tensor.is_conj() or tensor.is_neg():
+        raise _error(name, "is a lazy view: pass .resolve_conj().resolve_neg() of it")
+    if not tensor.is_contiguous():
+        raise _error(name, "is not contiguous: pass .contiguous() of it")
+    try:
+        # .view refuses 0-d, and the stride 0 that a tensor of nothing may have.
+        flat = tensor.detach().reshape(-1).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        device, address = str(tensor.device), flat.data_ptr()
+        data = flat.numpy().data if device == "cpu" else flat
+    except (RuntimeError, TypeError) as exc:
+        why = f"({_kind(tensor)}) cannot be seen as bytes ({exc}): pass a plain tensor"
+        raise _error(name, why) from exc
+    return _Memory(dtype, tuple(tensor.shape), device, address, data)
+
+
+def _describe_buffer(name: str, value: object) -> _Memory:
+    try:
+        view = memoryview(cast(Any, value))
+    except (BufferError, TypeError, ValueError) as exc:
+        remedy = "pass a numpy array, a torch tensor, or what has __dlpack__ or the buffer protocol"
+        raise _error(name, f"is a {_kind(value)} ({exc}): {remedy}") from exc
+    if not view.c_contiguous:
+        raise _error(name, "is not contiguous: pass bytes() of it")
+    if "O" in view.format:
+        raise _error(name, f"may hold Python objects (format {view.format!r}): pass its numbers")
+    char = view.format.lstrip("@=<" if sys.byteorder == "little" else "@=>!")
+    dtype = _FORMATS.get(char) or _FORMATS.get(f"{char}{view.itemsize}")
+    shape = (view.nbytes,) if dtype is None else tuple(view.shape or ())
+    flat = np.frombuffer(view, np.uint8)
+    return _Memory(dtype or "U8", shape, "cpu", flat.ctypes.data, flat.data)
+
+
+def _describe_target(spec: TensorSpec, value: object) -> _Memory:
+    found = _describe(spec.name, value)
+    if (found.dtype, found.shape) != (spec.dtype, spec.shape):
+        got = f"{found.dtype} of shape {found.shape}"
+        raise _error(spec.name, f"is {spec.dtype} of shape {spec.shape}, but `into` has {got}")
+    if found.device != "cpu":
+        remedy = "receive into host memory, then copy it there"
+        raise _error(spec.name, f"is on {found.device} in `into`: {remedy}")
+    if found.data.readonly:
+        raise _error(spec.name, "is read-only in `into`: pass a writable array")
+    return found
+
+
+def _check_disjoint(taken: list[tuple[int, TensorSpec]]) -> None:
+    """Raise if two destinations overlap, unless they are one array for two tied tensors."""
+    for (address, spec), (next_address, other) in pairwise(sorted(taken, key=lambda t: t[0])):
+        is_tied = address == next_address and spec.offset == other.offset
+        if next_address < address + spec.nbytes and not is_tied:
+            why = f"overlaps {other.name!r} in the memory of `into`: give each its own array"
+            raise _error(spec.name, why)
+
+
+def _dtype_in(torch: Any, spec: TensorSpec) -> Any:
+    """The tensor's dtype in torch, or in numpy if `torch` is None."""
+    if torch is None:
+        dtype = _numpy_dtype(spec.dtype)
+        lack = "which numpy alone has not: pass framework='torch' or install ml_dtypes"
+    else:
+        dtype = getattr(torch, _DTYPES[spec.dtype], None)
+        lack = "which this torch has not: upgrade torch"
+    if dtype is None:
+        raise _error(spec.name, f"is {spec.dtype}, {lack}")
+    return dtype
+
+
+@cache
+def _numpy_dtype(dtype: str) -> np.dtype[Any] | None:
+    """The numpy dtype of a wire dtype; None if it would take ml_dtypes, which is not there."""
+    is_native = dtype != "BF16" and not dtype.startswith("F8_")
+    try:
+        module: Any = np if is_native else importlib.import_module("ml_dtypes")
+        return cast("np.dtype[Any]", np.dtype(getattr(module, _DTYPES[dtype])))
+    except (ImportError, AttributeError):
+        return None
+
+
+def _encode_meta(meta: object) -> bytes:
+    if meta is None:
+        return b""
+    try:
+        encoded = msgspec.msgpack.encode(meta)
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise TensorError(f"`meta` cannot be encoded as msgpack: {exc}") from exc
+    if len(encoded) > MAX_META_BYTES:
+        size = f"{len(encoded)} bytes, more than the limit of {MAX_META_BYTES}"
+        raise TensorError(f"`meta` takes {size}: send it as a tensor")
+    return encoded
+
+
+def _require_mapping(what: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TensorError(f"`{what}` must be a mapping from names to arrays, not {_kind(value)}")
+
+
+def _error(name: str, why: str) -> TensorError:
+    return TensorError(f"tensor {name!r} {why}")
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,381 @@
+"""One transfer: the half that sends, and the half that receives.
+
+Memory belongs to the completion, never to the waiting task: whoever stops waiting first takes the memory
+back from every lane (`recall`), and only then returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Protocol, Self
+
+import msgspec
+import numpy as np
+
+from aiordma import tensors
+from aiordma.errors import AiordmaError, Busy, TransferAborted, TransferRefused, again
+from aiordma.tensors import Array, Destination, Framework, Outgoing
+from aiordma.wire.manifest import Manifest, TensorSpec
+from aiordma.wire.receiving import Incoming
+
+
+class Send:
+    """The sending half."""
+
+    def __init__(self, transfer: int, outgoing: Outgoing, now: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.id = transfer
+        self.outgoing = outgoing
+        self.acknowledged: asyncio.Future[None] = loop.create_future()
+        self.consumed: asyncio.Future[None] = loop.create_future()
+        self.moved_at = now
+        """When it last made progress, on the loop's clock."""
+
+    def fail(self, error: AiordmaError) -> None:
+        """It will not be acknowledged, or not be consumed."""
+        for future in (self.acknowledged, self.consumed):
+            if not future.done():
+                future.set_exception(again(error))
+                future.exception()  # nobody has to wait for both
+
+
+class Chunk:
+    """A piece of a transfer, in a receive slot that the sender gets back on `release`.
+
+    Everything that `parts` returns is borrowed: after `release` the memory holds other bytes.
+    """
+
+    def __init__(
+        self, offset: int, view: memoryview, *, is_direct: bool, release: Callable[[], None] | None
+    ) -> None:
+        self.offset = offset
+        """Position of its first byte in the transfer's data."""
+        self.nbytes = view.nbytes
+        self.is_direct = is_direct
+        """Whether it is in its final place already."""
+        self._view = view
+        self._release = release
+        self._manifest: Manifest | None = None
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes, borrowed until `release`."""
+        return self._view
+
+    def parts(self) -> list[tuple[TensorSpec, int, np.ndarray]]:
+        """The tensors that the chunk touches: (spec, index of the first element, borrowed 1-D view).
+
+        Tied tensors come once, under the first one's spec. BF16 and F8 are raw bits (uint16, uint8) unless
+        ml_dtypes is there.
+        """
+        if self._manifest is None:
+            raise Busy("the chunk was released: its slot may hold other bytes by now")
+        found = self._manifest.parts(self.offset, self.nbytes)
+        return [
+            (spec, element, tensors.typed_view(spec, self._view[start - self.offset :][:nbytes]))
+            for spec, element, start, nbytes in found
+        ]
+
+    def lend(self, manifest: Manifest, on_release: Callable[[], None]) -> Chunk:
+        """Hand the chunk to the user, who releases it."""
+        self._manifest = manifest
+        give_back = self._release
+
+        def release() -> None:
+            if give_back is not None:
+                give_back()
+            on_release()
+
+        self._release = release
+        return self
+
+    def release(self) -> None:
+        """Give the slot back, which is the sender's credit. Doing it twice does no harm."""
+        release, self._release = self._release, None
+        self._manifest = None
+        if release is not None:
+            release()
+
+    def move_aside(self) -> int:
+        """Copy the bytes to memory of their own, and give the slot back. Bytes copied."""
+        if self._release is None:
+            return 0
+        self._view = memoryview(bytearray(self._view))
+        self.release()
+        return self.nbytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+class Stage(enum.Enum):
+    """OFFERED ─▶ RECEIVING ─▶ DONE; a cancelled receive that lost nothing goes back to OFFERED."""
+
+    OFFERED = "offered"
+    RECEIVING = "being received"
+    DONE = "over"
+
+
+class ReceptionOwner(Protocol):
+    """What the receiving half asks of its link."""
+
+    def claim(self, reception: Reception) -> None:
+        """Let the chunks come."""
+
+    def unclaim(self, reception: Reception) -> None:
+        """Let no more come for now."""
+
+    def done(self, reception: Reception) -> None:
+        """It is consumed."""
+
+    def abort(self, reception: Reception, error: AiordmaError | None, reason: str) -> None:
+        """It is given up."""
+
+    def recall(self, reception: Reception) -> None:
+        """Take its destination back from all lanes."""
+
+    def copied(self, nbytes: int) -> None:
+        """Count bytes that were copied."""
+
+
+class Reception:
+    """The receiving half: chunks come in by `take`, and go to a destination or to a consumer of chunks."""
+
+    def __init__(self, incoming: Incoming, owner: ReceptionOwner, now: float) -> None:
+        self.incoming = incoming
+        self.stage = Stage.OFFERED
+        self.held: deque[Chunk] = deque()
+        self.moved_at = now
+        self._owner = owner
+        self._destination: Destination | None = None
+        self._placed_bytes = 0
+        self._lent = 0
+        self._error: AiordmaError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether chunks that still come are of no use."""
+        return self.stage is Stage.DONE
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether it can be taken (again)."""
+        return self.stage is Stage.OFFERED
+
+    @property
+    def lent(self) -> int:
+        """How many chunks the consumer holds."""
+        return self._lent
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether somebody waits for chunks to come."""
+        return self._waiter is not None
+
+    def place(self, offset: int, length: int) -> memoryview | None:
+        """The final place of a chunk, if it is known and contiguous."""
+        return None if self._destination is None else self._destination.view(offset, length)
+
+    def take(self, chunk: Chunk) -> None:
+        """A chunk came, and its check was right."""
+        if self._destination is None:
+            self.held.append(chunk)
+        else:
+            self._store(chunk)
+        if self._destination is None or self.incoming.is_complete:
+            self._wake()
+
+    def move_aside(self) -> int:
+        """Chunks that an outdated claim let loose must not keep the slots from the other transfers.
+
+        Returns the bytes copied; no more than a window can be on its way, so no more is ever kept."""
+        return sum(chunk.move_aside() for chunk in self.held)
+
+    def fail(self, error: AiordmaError) -> None:
+        """It will not succeed. What came of it is dropped."""
+        self._error = error
+        self.stage = Stage.DONE
+        self._destination = None
+        while self.held:
+            self.held.popleft().release()
+        self._wake()
+
+    def begin(self, destination: Destination | None) -> None:
+        """Claim the transfer; None: its chunks go to `next_chunk`."""
+        if self._error is not None:
+            raise again(self._error)
+        if self.stage is not Stage.OFFERED:
+            raise Busy(
+                f"transfer {self.incoming.id} is {self.stage.value}: it is received only once"
+            )
+        self.stage = Stage.RECEIVING
+        self._destination = destination
+        self._owner.claim(self)
+        if destination is not None:
+            while self.held:
+                self._store(self.held.popleft())
+
+    async def complete(self) -> None:
+        """Wait until the destination has everything.
+
+        Cancelled before the first chunk came, the transfer is offered again; later, it is aborted. Either
+        way no byte of the destination is written after this returns.
+        """
+        try:
+            while self._error is None and not self.incoming.is_complete:
+                await self._wait()
+        except asyncio.CancelledError:
+            self.let_go()
+            raise
+        if self._error is not None:
+            raise again(self._error)
+        if self._destination is not None:
+            self._owner.copied(self._destination.finish())
+        self._finish()
+
+    async def next_chunk(self) -> Chunk | None:
+        """The next chunk that came, in any order; None after the last."""
+        while not self.held:
+            if self._error is not None:
+                raise again(self._error)
+            if self.incoming.is_complete:
+                return None
+            await self._wait()
+        self._lent += 1
+        return self.held.popleft().lend(self.incoming.manifest, self._returned)
+
+    def end_chunks(self) -> None:
+        """The consumer of chunks asks for no more: DONE once it released all, or ABORT if some are missing."""
+        if self.stage is not Stage.RECEIVING:
+            return
+        if self.held or not self.incoming.is_complete:
+            self.give_up(None, "the receiver stopped before the last chunk")
+        else:
+            self._finish()
+
+    def let_go(self) -> None:
+        """Undo `begin`, losing nothing, if no chunk is in the destination yet; else abort."""
+        if self.stage is not Stage.RECEIVING:
+            return
+        self._destination = None
+        self._owner.recall(self)
+        if self._placed_bytes:
+            self.give_up(None, "the receiver was cancelled")
+        else:
+            self.stage = Stage.OFFERED
+            self._owner.unclaim(self)
+
+    def give_up(self, error: AiordmaError | None, reason: str) -> None:
+        """Abort, and tell the sender why."""
+        if self.stage is Stage.DONE:
+            return
+        self._destination = None
+        self._owner.recall(self)
+        self._owner.abort(self, error, reason)
+        self.fail(error or TransferAborted(reason))
+
+    def _store(self, chunk: Chunk) -> None:
+        assert self._destination is not None
+        if not chunk.is_direct:
+            self._owner.copied(self._destination.scatter(chunk.offset, chunk.view))
+        self._placed_bytes += chunk.nbytes
+        chunk.release()
+
+    def _returned(self) -> None:
+        self._lent -= 1
+        self.moved_at = asyncio.get_running_loop().time()
+        if self.stage is Stage.DONE and not self._lent and self._error is None:
+            self._owner.done(self)
+
+    def _finish(self) -> None:
+        self.stage = Stage.DONE
+        self._destination = None
+        if not self._lent:
+            self._owner.done(self)
+
+    async def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.moved_at = loop.time()
+        self._waiter = loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Transfer:
+    """A transfer that the peer opened. Nothing is claimed until one of `arrays`, `into`, `chunks` is called.
+
+    One that nobody wants should be refused, since the peer waits for it.
+    """
+
+    def __init__(self, reception: Reception) -> None:
+        self.reception = reception
+        self._meta = reception.incoming.meta
+
+    @property
+    def id(self) -> int:
+        """Rises by one with each transfer of the peer's on this channel, from 1."""
+        return self.reception.incoming.id
+
+    @property
+    def manifest(self) -> Manifest:
+        """Names, dtypes, shapes and offsets."""
+        return self.reception.incoming.manifest
+
+    @property
+    def meta(self) -> object:
+        """What the sender gave as `meta`, decoded anew on each access; None if it gave none."""
+        return msgspec.msgpack.decode(self._meta) if self._meta else None
+
+    async def arrays(self, framework: Framework = "numpy") -> dict[str, Array]:
+        """Receive into new arrays, by name in the sender's order; all share one allocation.
+
+        Raises `TensorError` (nothing is claimed then) for a dtype that the framework does not have, and a
+        `TransferError` if the transfer fails. Cancelled before the first chunk came, it can be called again;
+        later, the transfer is aborted. The channel stays usable.
+        """
+        buffer, arrays = tensors.allocate(self.manifest, framework)
+        self.reception.begin(Destination(self.manifest, buffer))
+        await self.reception.complete()
+        return arrays
+
+    async def into(self, mapping: Mapping[str, Array]) -> None:
+        """Receive into the caller's arrays: exactly the manifest's names, dtypes and shapes.
+
+        Raises and is cancelled like `arrays`; the arrays hold undefined bytes unless it succeeds.
+        """
+        self.reception.begin(tensors.destination(self.manifest, mapping))
+        await self.reception.complete()
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """Receive chunk by chunk, in any order, straight from the receive slots.
+
+        Release each chunk before asking for many more: the slots are few, and a released one is the
+        sender's credit. Leaving the loop early, or cancelling it, aborts the transfer.
+        """
+        self.reception.begin(None)
+        try:
+            while (chunk := await self.reception.next_chunk()) is not None:
+                yield chunk
+        finally:
+            self.reception.end_chunks()
+
+    async def refuse(self, reason: str) -> None:
+        """Do not want it: the sender's call raises `TransferRefused` with the reason."""
+        if self.reception.stage is not Stage.OFFERED:
+            raise Busy(
+                f"transfer {self.id} is {self.reception.stage.value}: it cannot be refused now"
+            )
+        self.reception.give_up(TransferRefused(reason), reason)

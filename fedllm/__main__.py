@@ -1,0 +1,180 @@
+"""`python -m fedllm serve | join | demo`: federated fine-tuning of a language model from a shell."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiordma import AiordmaError
+from fedllm.demo.conduct import DemoOptions, demo
+from fedllm.demo.events import Report, json_lines
+from fedllm.demo.leash import hold_leash
+from fedllm.demo.screen import Screen, open_console
+from fedllm.demo.text import BUILTIN
+from fedllm.errors import FedError
+
+DESCRIPTION = """\
+Several machines ("silos") train one language model together, and no text leaves any of them:
+every round each silo trains on its own text and sends what it learnt (a LoRA adapter, or all
+weights) to a server, which sends the mean back."""
+
+EXAMPLES = """\
+examples:
+  see it work, with everything on this machine (about two minutes, nothing to download):
+      python -m fedllm demo
+
+  the same for real. On the server, which holds the base model but no text:
+      python -m fedllm serve --base ./base --rounds 10 --min-silos 2 --port 4791 --out ./result
+  on each silo, which holds the same base model and its own text:
+      python -m fedllm join --server SERVER:4791 --name hospital --base ./base --text ./letters
+
+  `python -m fedllm COMMAND --help` says more about each."""
+
+SERVE = """\
+Average what silos train, round by round. Writes OUT/federated (an adapter that
+PeftModel.from_pretrained(base, OUT/federated) loads, or with --mode full a whole model) and
+OUT/metrics.jsonl, one line a round.
+
+Silos must hold the same base model, tokenizer and adapter settings: a fingerprint of each is
+compared when they join, and one that differs is refused by name."""
+
+SERVE_EXAMPLES = """\
+examples:
+  three silos at least, ten rounds; a round goes on without whoever takes over ten minutes:
+      python -m fedllm serve --base ./base --rounds 10 --min-silos 3 --deadline 600
+  all weights instead of an adapter, with a learning rate of your own:
+      python -m fedllm serve --base ./base --rounds 5 --mode full --lr 2e-5"""
+
+JOIN = """\
+Train on this machine's text in every round of a server's run, until the run is over. The server
+says how many steps, what batch, and what learning rate."""
+
+JOIN_EXAMPLES = """\
+examples:
+  a folder of text files:
+      python -m fedllm join --server 10.0.0.5:4791 --name bank --base ./base --text ./reports
+  no text at hand? This Python's own docstrings:
+      python -m fedllm join --server localhost:4791 --name me --base ./base --text docstrings"""
+
+DEMO = """\
+A server and three silos as separate processes on this machine, on real text that comes with
+Python: the language reference's help topics, the standard library's docstrings, and its sources.
+A small GPT-2 is first trained on neutral text (numpy's docstrings and tests). At the end: the
+perplexity of the base, of each silo's model trained alone for as many steps, and of the federated
+one, on held-out text of each silo and on all of it.
+
+Exit code 0: the federated model is better on all text together than any silo alone; 3: it is not."""
+
+DEMO_EXAMPLES = """\
+examples:
+  python -m fedllm demo
+  python -m fedllm demo --mode full                  all weights instead of a LoRA adapter
+  python -m fedllm demo --rounds 10 --steps 40       longer
+  python -m fedllm demo --model ./gpt2 --lr 5e-4     a base model of your own
+  python -m fedllm demo --silos mail=./mail docstrings sources"""
+
+
+Options = TypeVar("Options")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. What a user can mend is one line, and code 1."""
+    namespace = _parser().parse_args(arguments)
+    if namespace.leash:
+        hold_leash()
+    try:
+        return int(namespace.run(namespace))
+    except KeyboardInterrupt:
+        return 130
+    except* (AiordmaError, FedError, OSError, ValueError) as group:
+        for error in _leaves(group):
+            sys.stderr.write(f"fedllm: {error}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fedllm",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="{serve,join,demo}", required=True, title="commands")
+    _add_serve(commands)
+    _add_join(commands)
+    _add_demo(commands)
+    _add_stages(commands)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(commands, "serve", SERVE, SERVE_EXAMPLES, help="average what silos train")
+    parser.set_defaults(run=_serve)
+    _base_arguments(parser)
+    _run_arguments(parser)
+    add = parser.add_argument
+    add("--min-silos", type=_whole, default=2, help="fewest silos a round needs (default 2)")
+    add("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    add("--port", type=int, default=4791, help="0 takes a free one (default 4791)")
+    add("--deadline", type=float, metavar="SECONDS", help="longest a round waits (default: for ever)")
+    add("--out", type=Path, default=Path("result"), help="folder to write (default: ./result)")
+    add("--lr", type=float, help="learning rate (default: 1e-3 for lora, 5e-5 for full)")
+
+
+def _add_join(commands: Any) -> None:
+    parser = _command(commands, "join", JOIN, JOIN_EXAMPLES, help="train on this machine's text")
+    parser.set_defaults(run=_join)
+    _base_arguments(parser)
+    add = parser.add_argument
+    add("--server", type=_address, required=True, metavar="HOST:PORT", help="where `serve` listens")
+    add("--name", type=_name, required=True, help="this silo's name; each silo has its own")
+    add("--text", required=True, help=f"a file, a folder, or one of {', '.join(BUILTIN)}")
+    add("--threads", type=_whole, default=1, help="threads to train with (default 1)")
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(commands, "demo", DEMO, DEMO_EXAMPLES, help="see all of it on this machine")
+    parser.set_defaults(run=_demo)
+    _mode_argument(parser)
+    _run_arguments(parser)
+    add = parser.add_argument
+    add("--out", type=Path, help="folder to write (default: runs/<time>)")
+    add("--model", metavar="PATH_OR_NAME", help="a base to load instead of making one")
+    add("--silos", type=_silo, nargs="+", default=[(name, name) for name in BUILTIN],
+        metavar="NAME[=TEXT]", help="TEXT as in `join`; NAME alone is a built-in text")
+    add("--lr", type=float, help="default: 1e-2 (lora) or 1e-3 (full); with --model 1e-3, 5e-5")
+    add("--eval-tokens", type=_whole, default=24_576, help="most held-out tokens judged a silo")
+    _size_arguments(parser)
+
+
+def _add_stages(commands: Any) -> None:
+    """The demo's own steps: commands without a line in the help, since only the demo calls them."""
+    prepare = commands.add_parser("prepare")
+    prepare.set_defaults(run=_prepare)
+    prepare.add_argument("--out", type=Path, required=True)
+    prepare.add_argument("--model")
+    prepare.add_argument("--silos", type=_silo, nargs="+", required=True)
+    _size_arguments(prepare)
+    alone = commands.add_parser("alone")
+    alone.set_defaults(run=_alone)
+    _base_arguments(alone)
+    _run_arguments(alone)
+    alone.add_argument("--lr", type=float, required=True)
+    alone.add_argument("--name", type=_name, required=True)
+    alone.add_argument("--text", required=True)
+    alone.add_argument("--out", type=Path, required=True)
+    judge = commands.add_parser("judge")
+    judge.set_defaults(run=_judge)
+    _base_arguments(judge)
+    judge.add_argument("--models", type=_silo, nargs="+", required=True)
+    judge.add_argument("--texts", type=_silo, nargs="+", required=True)
+    judge.add_argument("--eval-tokens", type=_whole, required=True)
+    for parser in (prepare, alone, judge):
+        _program_arguments(parser)

@@ -1,0 +1,171 @@
+"""`python -m fedllm demo`: the whole story in one command, each part in a process of its own.
+
+Nothing here imports torch, so that this process answers Ctrl-C at once whatever its children do.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.demo.crew import Crew
+from fedllm.demo.events import Event, Judged, Listening
+from fedllm.demo.screen import Screen
+from fedllm.demo.verdict import BASE, FEDERATED, Verdict
+
+HOST = "127.0.0.1"
+EXIT_NOT_BETTER = 3
+RATES_MADE = {"lora": 1e-2, "full": 1e-3}
+RATES_GIVEN = {"lora": 1e-3, "full": 5e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What `demo` is told. `silos` maps names to texts; `lr` None means a rate that suits."""
+
+    out: Path
+    mode: str
+    model: str | None
+    silos: dict[str, str]
+    rounds: int
+    steps: int
+    batch: int
+    lr: float | None
+    seed: int
+    eval_tokens: int
+    pretrain_steps: int
+    width: int
+    layers: int
+
+    @property
+    def base(self) -> str:
+        return self.model or str(self.out / "base")
+
+    @property
+    def learning_rate(self) -> float:
+        rates = RATES_MADE if self.model is None else RATES_GIVEN
+        return rates[self.mode] if self.lr is None else self.lr
+
+    def text(self, silo: str) -> str:
+        """Where `prepare` puts a silo's text."""
+        return str(self.out / "text" / f"{silo}.jsonl")
+
+
+async def conduct(
+    options: DemoOptions,
+    *,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    screen: Screen,
+) -> int:
+    """Run the demo; 0 if the federated model wins on the union, else `EXIT_NOT_BETTER`.
+
+    `command` is how a child is started. Cancelling ends all children; what stands in `options.out`
+    under a name without `.part` is whole. Raises an `ExceptionGroup` of `ChildFailed`.
+    """
+    started = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    federation = _Federation(options, screen)
+    async with Crew(
+        command, environment=environment, logs=options.out / "logs", on_event=federation.hear
+    ) as crew:
+        await crew.run("prepare", *_prepare_arguments(options))
+        await federation.train(crew)
+        async with asyncio.TaskGroup() as together:
+            for silo in options.silos:
+                together.create_task(crew.run(f"{silo}-alone", *_alone_arguments(options, silo)))
+        await crew.run("judge", *_judge_arguments(options))
+    verdict = Verdict.of(tuple(options.silos), federation.judged)
+    with (options.out / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps({"perplexity": verdict.perplexities}) + "\n")
+    screen.show_verdict(verdict)
+    screen.say(f"The federated model: {options.out / FEDERATED}   its base: {options.base}")
+    screen.say(f"Figures: {options.out / 'metrics.jsonl'}   {time.monotonic() - started:.0f} s in all")
+    return 0 if verdict.federated_wins else EXIT_NOT_BETTER
+
+
+class _Federation:
+    """Hears what the children tell, and starts the silos when the server can be joined."""
+
+    def __init__(self, options: DemoOptions, screen: Screen) -> None:
+        self.judged: list[Judged] = []
+        self._options = options
+        self._screen = screen
+        self._port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def hear(self, name: str, event: Event) -> None:
+        match event:
+            case Judged():
+                self.judged.append(event)
+            case Listening(port=port):
+                self._port.set_result(port)
+        self._screen.show(name, event)
+
+    async def train(self, crew: Crew) -> None:
+        """Run the server and every silo to their end, all at once."""
+        options = self._options
+        async with asyncio.TaskGroup() as together:
+            together.create_task(crew.run("server", *_serve_arguments(options)))
+            port = await self._port
+            for silo in options.silos:
+                together.create_task(crew.run(silo, *_join_arguments(options, silo, port)))
+
+
+def _tuning(options: DemoOptions) -> list[str]:
+    return [
+        *("--mode", options.mode),
+        *("--steps", str(options.steps)),
+        *("--batch", str(options.batch)),
+        *("--lr", repr(options.learning_rate)),
+        *("--rounds", str(options.rounds)),
+    ]
+
+
+def _prepare_arguments(options: DemoOptions) -> list[str]:
+    return [
+        *("prepare", "--out", str(options.out), "--seed", str(options.seed)),
+        *("--silos", *(f"{name}={source}" for name, source in options.silos.items())),
+        *("--pretrain-steps", str(options.pretrain_steps)),
+        *("--width", str(options.width), "--layers", str(options.layers)),
+        *(("--model", options.model) if options.model is not None else ()),
+    ]
+
+
+def _serve_arguments(options: DemoOptions) -> list[str]:
+    return [
+        *("serve", "--base", options.base, "--out", str(options.out), "--seed", str(options.seed)),
+        *("--host", HOST, "--port", "0", "--min-silos", str(len(options.silos))),
+        *_tuning(options),
+    ]
+
+
+def _join_arguments(options: DemoOptions, silo: str, port: int) -> list[str]:
+    return [
+        *("join", "--server", f"{HOST}:{port}", "--name", silo, "--mode", options.mode),
+        *("--base", options.base, "--text", options.text(silo), "--seed", str(options.seed)),
+    ]
+
+
+def _alone_arguments(options: DemoOptions, silo: str) -> list[str]:
+    return [
+        *("alone", "--base", options.base, "--name", silo, "--text", options.text(silo)),
+        *("--out", str(options.out / "alone" / silo), "--seed", str(options.seed)),
+        *_tuning(options),
+    ]
+
+
+def _judge_arguments(options: DemoOptions) -> list[str]:
+    models = {
+        BASE: "",
+        **{f"{silo} alone": str(options.out / "alone" / silo) for silo in options.silos},
+        FEDERATED: str(options.out / FEDERATED),
+    }
+    return [
+        *("judge", "--base", options.base, "--mode", options.mode),
+        *("--models", *(f"{name}={folder}" for name, folder in models.items())),
+        *("--texts", *(f"{silo}={options.text(silo)}" for silo in options.silos)),
+        *("--eval-tokens", str(options.eval_tokens)),
+    ]

@@ -1,0 +1,88 @@
+"""One base model under one way of fine-tuning: what a silo trains and a server averages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedllm.adapters import (
+    Arrays,
+    fingerprint,
+    full_arrays,
+    load_full,
+    load_lora,
+    lora_arrays,
+    save_lora,
+)
+from fedllm.demo.model import Base
+from fedllm.demo.publish import publish
+
+Mode = Literal["lora", "full"]
+MODES: tuple[Mode, ...] = ("lora", "full")
+_GPT2_LAYERS = ("c_attn", "c_proj", "c_fc")
+
+
+def lora_config(model: nn.Module) -> LoraConfig:
+    """Rank 8, alpha 16 on every attention and feed-forward layer.
+
+    GPT-2 keeps these as `Conv1D`, whose weights are stored transposed (`fan_in_fan_out`).
+    """
+    is_gpt2 = any(isinstance(module, Conv1D) for module in model.modules())
+    return LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=list(_GPT2_LAYERS) if is_gpt2 else "all-linear",
+        fan_in_fan_out=is_gpt2,
+        task_type="CAUSAL_LM",
+    )
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model whose trainable part goes in and out as named arrays."""
+
+    base: Base
+    model: PeftModel | nn.Module
+    fingerprint: dict[str, str]
+
+    def arrays(self) -> Arrays:
+        """Views of what is trained; see `fedllm.adapters` for how long they live."""
+        if isinstance(self.model, PeftModel):
+            return lora_arrays(self.model)
+        return full_arrays(self.model)
+
+    def load(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Copy arrays of the same names and shapes into what is trained."""
+        if isinstance(self.model, PeftModel):
+            load_lora(self.model, arrays)
+        else:
+            load_full(self.model, arrays)
+
+    def save(self, directory: Path) -> None:
+        """Write the adapter (peft's two files), or model and tokenizer as transformers does."""
+        with publish(directory) as part:
+            if isinstance(self.model, PeftModel):
+                save_lora(self.model, part)
+            else:
+                self.base.model.save_pretrained(part)
+                self.base.tokenizer.save_pretrained(part)
+
+
+def prepare_learner(base: Base, mode: Mode, *, seed: int) -> Learner:
+    """Make `base` trainable: a seeded, untrained adapter over frozen weights, or all of the weights.
+
+    `base.model` is changed in place (that is peft's way); an untrained adapter computes nothing.
+    """
+    if mode == "full":
+        prints = fingerprint(base.model, base.tokenizer, None)
+        return Learner(base, base.model, prints)
+    torch.manual_seed(seed)
+    model = get_peft_model(base.model, lora_config(base.model))
+    prints = fingerprint(model, base.tokenizer, model.peft_config["default"])
+    return Learner(base, model, prints)

@@ -1,0 +1,53 @@
+"""How a round's updates become new weights: the seam for what is not plain averaging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from fedllm.aggregate import Aggregation, Arrays, Staged, check_weight
+
+__all__ = ["FedAvg", "Strategy"]
+
+
+class Strategy(Protocol):
+    """What a round asks; the calls of one round come in this order."""
+
+    def aggregation(self, weights: Arrays) -> Aggregation:
+        """Where this round's updates are gathered. `weights` are the global ones. Raises `WeightsError`."""
+
+    def weight(self, reported: float) -> float:
+        """How much a silo counts that reported `reported` examples. Raises `UpdateError`."""
+
+    def step(
+        self, weights: Arrays, combined: dict[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        """The new global weights from the old ones and what the aggregation made of the updates."""
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """The mean of the silos' weights (McMahan et al. 2017, arXiv:1602.05629), each by its examples.
+
+    With `weighted=False` all silos count alike, whatever they report.
+    """
+
+    weighted: bool = True
+
+    def aggregation(self, weights: Arrays) -> Aggregation:
+        """Staged: one set of weights in memory a silo of the cohort."""
+        return Staged(weights)
+
+    def weight(self, reported: float) -> float:
+        """The number reported, or 1. Raises `UpdateError` unless 0 < `reported` <= 1e12."""
+        check_weight(reported)
+        return reported if self.weighted else 1.0
+
+    def step(
+        self, weights: Arrays, combined: dict[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        """The mean, as it is (a server learning rate of 1)."""
+        return combined

@@ -1,0 +1,381 @@
+"""The house rules as tests: who may import whom, and how large a thing may grow.
+
+`ROOMS` is the floor plan. A new module needs a row, or an existing pattern that it falls under; the
+first pattern that matches counts. Arrows point down only.
+"""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pytest
+
+import aiordma
+import aiordma.errors
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("aiordma", "fedllm")
+
+WIRE_LEAVES = "aiordma.errors aiordma.wire.frames aiordma.wire.manifest aiordma.wire.credit"
+BELOW_CHANNEL = (
+    "aiordma.errors aiordma.config aiordma.ring aiordma.tensors aiordma.stats aiordma.wire"
+    " aiordma.wire.* aiordma.lanes.*"
+)
+BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
+
+ROOMS: Mapping[str, str] = {
+    # module pattern: the modules of this project that it may import ("aiordma": by public name)
+    "aiordma": "aiordma.errors aiordma.config aiordma.wire.manifest aiordma.tensors aiordma.stats"
+    " aiordma.transfer aiordma.channel aiordma.endpoint",
+    "aiordma.errors": "",
+    "aiordma.config": "aiordma.errors",
+    "aiordma.ring": "aiordma.errors aiordma.config",
+    "aiordma.wire": "",
+    "aiordma.wire.sending": WIRE_LEAVES,
+    "aiordma.wire.receiving": WIRE_LEAVES,
+    "aiordma.wire.session": "aiordma.errors aiordma.wire aiordma.wire.*",
+    "aiordma.wire.*": "aiordma.errors",
+    "aiordma.tensors": "aiordma.errors aiordma.wire.manifest",
+    "aiordma.stats": "",
+    "aiordma.lanes": "",
+    "aiordma.lanes.*": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
+    " aiordma.lanes.base aiordma.lanes.completion",
+    "aiordma.transfer": BELOW_CHANNEL,
+    "aiordma.link": BELOW_CHANNEL,
+    "aiordma.channel": f"{BELOW_CHANNEL} aiordma.link aiordma.transfer",
+    "aiordma.endpoint": f"{BELOW_CHANNEL} aiordma.link aiordma.channel",
+    "aiordma.bench": "aiordma",
+    "aiordma.bench.*": "aiordma aiordma.bench aiordma.bench.*",
+    "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.*",
+    "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy fedllm.rounds"
+    " fedllm.server fedllm.silo",
+    "fedllm.errors": "aiordma.errors",
+    "fedllm.config": "aiordma.errors fedllm.errors",
+    "fedllm.messages": "aiordma.errors fedllm.errors",
+    "fedllm.aggregate": "aiordma.errors fedllm.errors fedllm.config",
+    "fedllm.strategy": "aiordma.errors fedllm.errors fedllm.config fedllm.aggregate",
+    "fedllm.adapters": "fedllm.errors",
+    "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
+    "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS}",
+    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.rounds fedllm.checkpoint",
+    "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.rounds fedllm.checkpoint",
+    "fedllm.demo": "",
+    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.demo.*",
+    "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",
+}
+
+GUESTS: Mapping[str, str] = {
+    # third party or standard library: the only modules that may import it, anywhere in their text
+    "pyverbs": "aiordma.lanes.verbs*",
+    "torch": "fedllm.adapters fedllm.demo.*",
+    "peft": "fedllm.adapters fedllm.demo.*",
+    "transformers": "fedllm.adapters fedllm.demo.*",
+    "pickle": "",
+}
+LAZY_GUESTS = {("aiordma.tensors", "torch")}
+"""May be imported inside a function: torch, where the caller has asked for `framework="torch"`."""
+
+BLIND = "aiordma.wire*"
+BLIND_TO = frozenset({"asyncio", "datetime", "select", "selectors", "socket", "threading", "time"})
+
+FILE_LINES, FUNCTION_LINES, CLASS_ATTRIBUTES, GIT_FILE_BYTES = 400, 60, 15, 100_000
+
+Scope = Literal["module", "function", "typing"]
+
+
+class Import(NamedTuple):
+    """One name that one import statement asks for: `name` out of `module`, or all of `module`."""
+
+    module: str
+    name: str
+    line: int
+    scope: Scope
+
+
+class Source(NamedTuple):
+    module: str
+    text: str
+    is_package: bool = False
+
+
+def sources_of(*packages: str) -> Iterator[Source]:
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            is_package = parts[-1] == "__init__"
+            module = ".".join(parts[:-1] if is_package else parts)
+            yield Source(module, path.read_text(encoding="utf-8"), is_package)
+
+
+def imports_of(source: Source) -> Iterator[Import]:
+    """Every import, however deep; a call of `import_module("x")` counts as one."""
+    package = source.module if source.is_package else source.module.rpartition(".")[0]
+
+    def visit(node: ast.AST, scope: Scope) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, "", node.lineno, scope)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(part for part in (parent, node.module) if part)
+            for alias in node.names:
+                yield Import(module, alias.name, node.lineno, scope)
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield Import(argument.value, "", node.lineno, scope)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            scope = "function"
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            scope = "typing"
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, scope)
+
+    return visit(ast.parse(source.text), "module")
+
+
+def fits(module: str, patterns: str) -> bool:
+    return any(fnmatchcase(module, pattern) for pattern in patterns.split())
+
+
+def arrows_of(source: Source, modules: frozenset[str]) -> Iterator[tuple[Import, str]]:
+    """The project's modules that a source imports: `from a import b` means `a.b` if that is one."""
+    for found in imports_of(source):
+        inner = f"{found.module}.{found.name}"
+        target = inner if inner in modules else found.module
+        if target.partition(".")[0] in PACKAGES:
+            yield found, target
+
+
+def broken_arrows(
+    source: Source, modules: frozenset[str], public: Mapping[str, frozenset[str]]
+) -> Iterator[str]:
+    room = next((pattern for pattern in ROOMS if fnmatchcase(source.module, pattern)), None)
+    if room is None:
+        yield f"{source.module}: unknown room; say in ROOMS what it may import"
+        return
+    for found, target in arrows_of(source, modules):
+        where = f"{source.module}:{found.line}"
+        if not fits(target, ROOMS[room]):
+            yield f"{where}: may not import {target}"
+        elif target in public and found.name and found.name not in public[target]:
+            yield f"{where}: {found.name} is not a public name of {target}"
+    if fits("aiordma", ROOMS[room]):
+        for node in ast.walk(ast.parse(source.text)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "aiordma":
+                if node.attr not in public["aiordma"] | {"errors"}:
+                    yield f"{source.module}:{node.lineno}: aiordma.{node.attr} is not public"
+
+
+def unwelcome_guests(source: Source) -> Iterator[str]:
+    for found in imports_of(source):
+        guest = found.module.partition(".")[0]
+        lazy = found.scope == "function" and (source.module, guest) in LAZY_GUESTS
+        if guest in GUESTS and not fits(source.module, GUESTS[guest]) and not lazy:
+            yield f"{source.module}:{found.line}: {guest} is not at home here"
+        if guest in BLIND_TO and fits(source.module, BLIND):
+            yield f"{source.module}:{found.line}: the wire is blind, it may not import {guest}"
+
+
+def circles(sources: list[Source]) -> list[list[str]]:
+    """Import circles at module scope; a package's `__init__` is a module like any other."""
+    modules = frozenset(source.module for source in sources)
+    graph = {
+        source.module: {
+            target
+            for found, target in arrows_of(source, modules)
+            if found.scope == "module" and target in modules and target != source.module
+        }
+        for source in sources
+    }
+    done: set[str] = set()
+    found_circles: list[list[str]] = []
+
+    def visit(module: str, trail: list[str]) -> None:
+        if module in trail:
+            found_circles.append([*trail[trail.index(module) :], module])
+        elif module not in done:
+            for target in sorted(graph[module]):
+                visit(target, [*trail, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    return found_circles
+
+
+def untidiness(source: Source) -> Iterator[str]:
+    """What has grown too large, is unfinished, prints, or asks the environment."""
+    lines = source.text.splitlines()
+    if len(lines) > FILE_LINES:
+        yield f"{source.module}: {len(lines)} lines, more than {FILE_LINES}"
+    for number, line in enumerate(lines, 1):
+        if re.search(r"\b(TODO|FIXME|XXX|HACK)\b", line):
+            yield f"{source.module}:{number}: unfinished"
+    is_main = source.module.endswith("__main__")
+    for node in ast.walk(ast.parse(source.text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > FUNCTION_LINES:
+                yield f"{source.module}:{node.lineno}: {node.name}() has {length} lines"
+        elif isinstance(node, ast.ClassDef):
+            count = len(self_attributes(node))
+            if count > CLASS_ATTRIBUTES:
+                yield f"{source.module}:{node.lineno}: {node.name} keeps {count} attributes"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and not is_main:
+            yield f"{source.module}:{node.lineno}: print() outside __main__"
+        elif isinstance(node, ast.Attribute) and not is_main:
+            if ast.unparse(node) in ("os.environ", "os.getenv"):
+                yield f"{source.module}:{node.lineno}: the environment is read outside __main__"
+
+
+def self_attributes(node: ast.ClassDef) -> set[str]:
+    return {
+        inner.attr
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Attribute)
+        and isinstance(inner.ctx, ast.Store)
+        and isinstance(inner.value, ast.Name)
+        and inner.value.id == "self"
+    }
+
+
+PUBLIC = {
+    "aiordma": frozenset(aiordma.__all__),
+    "aiordma.errors": frozenset(aiordma.errors.__all__),
+}
+SOURCES = list(sources_of(*PACKAGES))
+EXAMPLES = list(sources_of("examples"))
+MODULES = frozenset(source.module for source in SOURCES)
+
+
+def names(sources: list[Source]) -> list[object]:
+    return [pytest.param(source, id=source.module) for source in sources]
+
+
+@pytest.mark.parametrize("source", names(SOURCES))
+def test_arrows_point_down(source):
+    assert list(broken_arrows(source, MODULES, PUBLIC)) == []
+
+
+@pytest.mark.parametrize("source", names(SOURCES))
+def test_guests_are_where_they_live(source):
+    assert list(unwelcome_guests(source)) == []
+
+
+@pytest.mark.parametrize("source", names(SOURCES + EXAMPLES))
+def test_is_tidy(source):
+    allowed = "print() outside" if source in EXAMPLES else "\0"
+    assert [line for line in untidiness(source) if allowed not in line] == []
+
+
+@pytest.mark.parametrize("source", names(EXAMPLES))
+def test_examples_use_public_names(source):
+    for found, target in arrows_of(source, MODULES):
+        assert not found.name or target in MODULES
+        if target in PUBLIC and found.name:
+            assert found.name in PUBLIC[target], f"{source.module}:{found.line}"
+
+
+def test_there_are_no_import_circles():
+    assert circles(SOURCES) == []
+
+
+def test_no_large_file_is_in_git():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name]
+    sizes = {path: path.stat().st_size for path in files if path.is_file()}
+    assert sizes
+    assert {path: size for path, size in sizes.items() if size > GIT_FILE_BYTES} == {}
+
+
+# The checker itself, on sources that break one rule each.
+
+BAD_ARROWS = {
+    "upwards": ("aiordma.ring", "from aiordma.channel import Channel", "may not import"),
+    "upwards, a module": ("aiordma.ring", "from aiordma import channel", "may not import"),
+    "upwards, relative": ("aiordma.wire.frames", "from ..channel import Channel", "may not import"),
+    "sideways": ("aiordma.wire.credit", "import aiordma.wire.session", "may not import"),
+    "in a function": ("aiordma.ring", "def f():\n    import aiordma.channel", "may not import"),
+    "for types": ("aiordma.ring", "if TYPE_CHECKING:\n import aiordma.channel", "may not import"),
+    "past the door": ("fedllm.rounds", "from aiordma.channel import Channel", "may not import"),
+    "a private name": ("fedllm.rounds", "from aiordma import _secret", "not a public name"),
+    "an attribute": ("fedllm.rounds", "import aiordma\naiordma._secret", "is not public"),
+    "an error that is none": ("fedllm.errors", "from aiordma.errors import Nope", "not a public"),
+    "an unknown room": ("aiordma.attic", "", "unknown room"),
+}
+
+
+@pytest.mark.parametrize(("module", "text", "complaint"), BAD_ARROWS.values(), ids=BAD_ARROWS)
+def test_the_checker_sees_a_broken_arrow(module, text, complaint):
+    known = frozenset({"aiordma.ring", "aiordma.channel", "aiordma.wire.session"})
+    [line] = broken_arrows(Source(module, text), known, PUBLIC)
+    assert complaint in line
+
+
+def test_the_checker_lets_good_arrows_pass():
+    text = "import json\nfrom aiordma import connect\nfrom aiordma.errors import ChannelError"
+    assert list(broken_arrows(Source("fedllm.rounds", text), MODULES, PUBLIC)) == []
+    relative = Source("aiordma.wire.session", "from . import frames\nfrom .credit import Window")
+    assert list(broken_arrows(relative, MODULES, PUBLIC)) == []
+
+
+BAD_GUESTS = {
+    "pyverbs": ("aiordma.lanes.tcp", "from pyverbs.device import Context"),
+    "torch at module scope": ("aiordma.tensors", "import torch"),
+    "torch for types": ("aiordma.tensors", "if TYPE_CHECKING:\n    import torch"),
+    "torch in a function": ("fedllm.rounds", "def f():\n    import torch.nn"),
+    "torch by name": ("fedllm.rounds", "importlib.import_module('torch')"),
+    "peft": ("fedllm.silo", "from peft import LoraConfig"),
+    "pickle": ("fedllm.demo.model", "import pickle"),
+    "a clock on the wire": ("aiordma.wire.session", "from time import monotonic"),
+    "a loop on the wire": ("aiordma.wire.session", "def f():\n    import asyncio"),
+}
+
+
+@pytest.mark.parametrize(("module", "text"), BAD_GUESTS.values(), ids=BAD_GUESTS)
+def test_the_checker_sees_an_unwelcome_guest(module, text):
+    assert len(list(unwelcome_guests(Source(module, text)))) == 1
+
+
+def test_the_checker_lets_welcome_guests_pass():
+    assert not list(unwelcome_guests(Source("aiordma.tensors", "def f():\n    import torch")))
+    assert not list(unwelcome_guests(Source("fedllm.demo.model", "import torch")))
+    assert not list(unwelcome_guests(Source("aiordma.lanes.verbs", "import pyverbs.cq")))
+
+
+def test_the_checker_sees_a_circle():
+    first = Source("aiordma.a", "from aiordma import b")
+    second = Source("aiordma.b", "import aiordma.c")
+    back = "from aiordma.a import f"
+    assert circles([first, second, Source("aiordma.c", back)]) == [
+        ["aiordma.a", "aiordma.b", "aiordma.c", "aiordma.a"]
+    ]
+    assert circles([first, second, Source("aiordma.c", f"def g():\n    {back}")]) == []
+
+
+UNTIDY = {
+    "a long file": "x = 1\n" * (FILE_LINES + 1),
+    "a long function": "def f():\n" + "    x = 1\n" * FUNCTION_LINES,
+    "a wide class": "class C:\n  def f(self):\n"
+    + "".join(f"    self.a{i} = 1\n" for i in range(16)),
+    "unfinished": "x = 1  # " + "TODO",
+    "print": "print(1)",
+    "environment": "import os\nos.environ['HOME']",
+}
+
+
+@pytest.mark.parametrize("text", UNTIDY.values(), ids=UNTIDY)
+def test_the_checker_sees_untidiness(text):
+    assert len(list(untidiness(Source("aiordma.ring", text)))) == 1
+
+
+def test_the_checker_lets_main_print():
+    assert not list(untidiness(Source("aiordma.__main__", "import os\nprint(os.environ)")))

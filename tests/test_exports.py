@@ -1,0 +1,130 @@
+"""The public surface as a list, and what importing it costs."""
+
+import inspect
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import pytest
+
+import aiordma
+import aiordma.errors
+import fedllm
+
+AIORDMA = {
+    "Channel",
+    "ChannelConfig",
+    "ChannelStats",
+    "Chunk",
+    "LaneInfo",
+    "LaneStats",
+    "Listener",
+    "Manifest",
+    "Outgoing",
+    "Received",
+    "Server",
+    "TensorSpec",
+    "Transfer",
+    "connect",
+    "listen",
+    "prepare",
+    "serve",
+    # the error tree
+    "AiordmaError",
+    "Busy",
+    "ChannelBroken",
+    "ChannelClosed",
+    "ChannelError",
+    "ChecksumError",
+    "ConfigError",
+    "ConnectError",
+    "ConnectTimeout",
+    "ForeignPeer",
+    "LaneRefused",
+    "LocalError",
+    "ManifestError",
+    "PeerTimeout",
+    "RemoteProtocolError",
+    "TensorError",
+    "TransferAborted",
+    "TransferError",
+    "TransferRefused",
+    "TransferTimeout",
+    "VersionMismatch",
+}
+FEDLLM: set[str] = set()
+
+IMPORT_RATIO = 1.4
+IMPORT_PAIRS = 11
+
+
+@pytest.mark.parametrize(("package", "names"), [(aiordma, AIORDMA), (fedllm, FEDLLM)])
+def test_the_public_surface_is_this_list(package, names):
+    assert set(package.__all__) == names
+    assert len(package.__all__) == len(names)
+
+
+@pytest.mark.parametrize("package", [aiordma, aiordma.errors, fedllm])
+def test_every_public_name_exists_and_is_documented(package):
+    assert package.__doc__
+    for name in package.__all__:
+        assert inspect.getdoc(getattr(package, name)), name
+
+
+def test_every_error_is_public():
+    assert set(aiordma.errors.__all__) <= set(aiordma.__all__)
+
+
+def test_public_classes_document_their_public_methods():
+    undocumented = [
+        f"{package.__name__}.{name}.{member}"
+        for package in (aiordma, fedllm)
+        for name in package.__all__
+        if inspect.isclass(public := getattr(package, name))
+        for member, value in vars(public).items()
+        if not member.startswith("_")
+        if inspect.isfunction(value) or isinstance(value, property)
+        if not inspect.getdoc(value)
+    ]
+    assert undocumented == []
+
+
+def test_the_version_is_the_distributions():
+    assert aiordma.__version__ == metadata.version("aiordma")
+
+
+def run_python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_aiordma_brings_no_guest_and_touches_no_logger():
+    out = run_python(
+        "import logging, sys; before = logging.root.level, list(logging.root.handlers)\n"
+        "import aiordma\n"
+        "assert (logging.root.level, logging.root.handlers) == before\n"
+        "print(sorted({'torch', 'pyverbs', 'peft', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    assert out.strip() == "[]"
+
+
+def test_importing_fedllm_brings_no_torch():
+    out = run_python(
+        "import fedllm, sys; print({'torch', 'peft', 'transformers', 'rich'} & set(sys.modules))"
+    )
+    assert out.strip() == "set()"
+
+
+def seconds_of(code: str) -> float:
+    start = time.perf_counter()
+    run_python(code)
+    return time.perf_counter() - start
+
+
+def test_importing_aiordma_costs_little_more_than_its_dependencies():
+    ours, theirs = "import aiordma", "import numpy, asyncio, msgspec, xxhash"
+    seconds_of(ours)  # the first import of a fresh checkout writes the bytecode
+    pairs = [(seconds_of(ours), seconds_of(theirs)) for _ in range(IMPORT_PAIRS)]
+    assert statistics.median(our / their for our, their in pairs) <= IMPORT_RATIO, pairs
