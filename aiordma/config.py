@@ -12,7 +12,6 @@ MIN_SLOTS = 4
 MAX_SLOTS = 256
 """A CREDIT frame names slots in a bitmap of 256 bits."""
 MAX_LANES = 64
-MAX_META_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +61,7 @@ class ChannelConfig:
         _within("messages", self.messages, 1, 1 << 20)
         _within("message_bytes", self.message_bytes, 1 << 10, 1 << 30)
         _within("open_transfers", self.open_transfers, 1, 1 << 20)
-        _within("manifest_bytes", self.manifest_bytes, 2 * MAX_META_BYTES, 1 << 30)
+        _within("manifest_bytes", self.manifest_bytes, 1 << 17, 1 << 30)
         _within("max_tensors", self.max_tensors, 1, 1 << 31)
         _within("max_transfer_bytes", self.max_transfer_bytes, 0, 1 << 60)
         for name in ("idle_timeout_s", "connect_timeout_s", "close_timeout_s"):

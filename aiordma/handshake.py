@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import hmac
+import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from aiordma.config import ChannelConfig
 from aiordma.errors import (
@@ -31,13 +33,12 @@ KEEPALIVE_INTERVAL_S: Final = 15
 KEEPALIVE_PROBES: Final = 4
 
 
-@dataclass(slots=True)
-class Parts:
+class Parts(msgspec.Struct, eq=False):
     """What a channel is made of, while it is being made. Closing gives everything back."""
 
     control: socket.socket
     rings: list[Ring]
-    lanes: list[socket.socket] = field(default_factory=list)
+    lanes: list[socket.socket] = msgspec.field(default_factory=list)
     peer_limits: Limits | None = None
 
     def close(self) -> None:
@@ -207,28 +208,27 @@ async def open_lane(sock: socket.socket, answer: Answer, lane: int, config: Chan
     if isinstance(reply, Refusal):
         raise LaneRefused(f"the server refused lane {lane}: {reply.reason}")
     expected = hello.lane_proof(answer.key, answer.session, lane, "server")
-    if not isinstance(reply, LaneProof) or not secrets.compare_digest(reply.proof, expected):
+    if not isinstance(reply, LaneProof) or not hmac.compare_digest(reply.proof, expected):
         raise LaneRefused(f"the server did not prove that lane {lane} is its own")
 
 
 # The listening end
 
 
-@dataclass(slots=True, eq=False)
-class Pending:
+class Pending(msgspec.Struct, eq=False):
     """A session whose lanes are still to come."""
 
     parts: Parts
     answer: Answer
-    joined: dict[int, socket.socket] = field(default_factory=dict)
-    complete: asyncio.Future[None] = field(
+    joined: dict[int, socket.socket] = msgspec.field(default_factory=dict)
+    complete: asyncio.Future[None] = msgspec.field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
     async def join(self, sock: socket.socket, proof: LaneProof, config: ChannelConfig) -> None:
         """Take a lane in that proves itself; raises `LaneRefused` otherwise, and the session is none the worse."""
         expected = hello.lane_proof(self.answer.key, self.answer.session, proof.lane, "client")
-        if not secrets.compare_digest(proof.proof, expected):
+        if not hmac.compare_digest(proof.proof, expected):
             raise LaneRefused(f"the proof for lane {proof.lane} is wrong")
         if proof.lane >= self.answer.lanes or proof.lane in self.joined:
             raise LaneRefused(
@@ -258,7 +258,7 @@ async def grant(sock: socket.socket, greeting: Hello, config: ChannelConfig) -> 
         limits=limits_of(config, parts.rings),
         lanes=len(parts.rings),
         lane_kind="tcp",
-        session=secrets.token_bytes(16),
-        key=secrets.token_bytes(32),
+        session=os.urandom(16),
+        key=os.urandom(32),
     )
     return Pending(parts, answer)

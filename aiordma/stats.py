@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LaneInfo:
+class LaneInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A lane that the channel got, and why it is of this kind."""
 
     index: int
@@ -15,8 +14,7 @@ class LaneInfo:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LaneStats:
+class LaneStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of one lane since the channel was opened, and what is under way now."""
 
     kind: str
@@ -32,8 +30,7 @@ class LaneStats:
     """Our slots that hold a chunk which nobody released yet."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChannelStats:
+class ChannelStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of one channel since it was opened, and what is under way now."""
 
     sent_bytes: int
@@ -61,8 +58,7 @@ class ChannelStats:
     lanes: tuple[LaneStats, ...]
 
 
-@dataclass(slots=True)
-class Counters:
+class Counters(msgspec.Struct, eq=False):
     """What a link counts as it goes."""
 
     copied_bytes: int = 0

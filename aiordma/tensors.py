@@ -20,9 +20,7 @@ import numpy as np
 
 from aiordma.errors import ManifestError, TensorError
 from aiordma.wire import manifest as wire
-from aiordma.wire.manifest import Manifest, TensorSpec
-
-MAX_META_BYTES = 64 * 1024
+from aiordma.wire.manifest import MAX_META_BYTES, Manifest, TensorSpec
 
 Array: TypeAlias = Any
 """A numpy.ndarray or a torch.Tensor, as the caller asked for."""

@@ -53,6 +53,8 @@ CHUNK_ALIGN_BYTES = 64
 MAX_DIMENSIONS = 64
 """As many as numpy knows."""
 MAX_NAME_BYTES = 1024
+MAX_META_BYTES = 64 * 1024
+"""The most that a transfer's `meta` may take: it travels with the manifest."""
 MAX_BYTES = (1 << 63) - 1
 """No size, offset or dimension is larger: they are signed 64-bit in numpy and torch."""
 

@@ -8,7 +8,8 @@ the peer could not know yet. Everything else that does not fit is a protocol err
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+
+import msgspec
 
 from aiordma.errors import RemoteProtocolError
 from aiordma.wire.credit import GrantWindow
@@ -23,8 +24,7 @@ class Verdict(enum.Enum):
     DISCARD = "discard"
 
 
-@dataclass(slots=True, eq=False)
-class Incoming:
+class Incoming(msgspec.Struct, eq=False, kw_only=True):
     """One transfer that is being received."""
 
     id: int
@@ -41,7 +41,7 @@ class Incoming:
     chunks: int = 0
     """Chunks let in."""
     _low: int = 0
-    _beyond: set[int] = field(default_factory=set)
+    _beyond: set[int] = msgspec.field(default_factory=set)
 
     @property
     def is_complete(self) -> bool:

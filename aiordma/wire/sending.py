@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from aiordma.errors import RemoteProtocolError
 from aiordma.wire.credit import SlotLedger
@@ -26,8 +27,7 @@ class Plan(NamedTuple):
     slot: int
 
 
-@dataclass(slots=True, eq=False)
-class Sending:
+class Sending(msgspec.Struct, eq=False):
     """One transfer that is being sent."""
 
     id: int

@@ -27,10 +27,10 @@ from aiordma.wire import control, manifest as manifests
 from aiordma.wire.control import Abort, Bye, Claim, ControlStream, Frame, Message, Open, Pong
 from aiordma.wire.credit import GrantWindow, SendWindow
 from aiordma.wire.hello import Limits
+from aiordma.wire.manifest import MAX_META_BYTES
 from aiordma.wire.receiving import Incoming, Receiver
 from aiordma.wire.sending import Sender
 
-MAX_META_BYTES = 64 * 1024
 _OPEN_OVERHEAD_BYTES = 64
 _MAX_REASON_CHARS = 1000
 
