@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from aiordma import handshake
 from aiordma.channel import Channel
 from aiordma.config import ChannelConfig
 from aiordma.control import Control, MemoryControl, TcpControl
-from aiordma.handshake import Parts
+from aiordma.handshake import Parts, limits_of, reserve
 from aiordma.lanes.base import Lane
 from aiordma.lanes.memory import MemoryLane
 from aiordma.lanes.tcp import TcpLane
@@ -43,7 +42,7 @@ def _join(
     rtt_s: float,
 ) -> Channel:
     session = Session(
-        handshake.limits_of(config, rings),
+        limits_of(config, rings),
         peer_limits,
         lanes=len(lanes),
         max_tensors=config.max_tensors,
@@ -68,8 +67,8 @@ async def memory_pair(
     count = min(config.lanes for config in configs)
     loop = asyncio.get_running_loop()
     pairs = [MemoryLane.pair(loop) for _ in range(count)]
-    rings = [handshake.reserve(config, count) for config in configs]
-    limits = [handshake.limits_of(c, r) for c, r in zip(configs, rings, strict=True)]
+    rings = [reserve(config, count) for config in configs]
+    limits = [limits_of(c, r) for c, r in zip(configs, rings, strict=True)]
     controls = MemoryControl.pair()
     ends = [
         _join(

@@ -9,11 +9,18 @@ from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import msgspec
 
-from aiordma import tensors
 from aiordma.errors import Busy, ChannelClosed, TensorError
 from aiordma.link import Link
 from aiordma.stats import ChannelStats, LaneInfo, total
-from aiordma.tensors import Array, Destination, Framework, Outgoing
+from aiordma.tensors import (
+    Array,
+    Destination,
+    Framework,
+    Outgoing,
+    allocate,
+    destination,
+    prepare,
+)
 from aiordma.transfer import Send, Transfer
 from aiordma.wire.credit import Lent
 from aiordma.wire.session import open_cost
@@ -137,7 +144,7 @@ class Channel:
             if meta is not None:
                 outgoing = outgoing.with_meta(meta)
         else:
-            outgoing = tensors.prepare(tensors_by_name, meta=meta)
+            outgoing = prepare(tensors_by_name, meta=meta)
         link = self._link
         link.check()
         cost = open_cost(outgoing.manifest_bytes, outgoing.meta_bytes)
@@ -287,8 +294,8 @@ def _begin(
     transfer: Transfer, into: Mapping[str, Array] | None, framework: Framework
 ) -> dict[str, Array]:
     if into is None:
-        buffer, arrays = tensors.allocate(transfer.manifest, framework)
+        buffer, arrays = allocate(transfer.manifest, framework)
         transfer.reception.begin(Destination(transfer.manifest, buffer))
         return arrays
-    transfer.reception.begin(tensors.destination(transfer.manifest, into))
+    transfer.reception.begin(destination(transfer.manifest, into))
     return dict(into)

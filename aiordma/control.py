@@ -66,9 +66,9 @@ class TcpControl(asyncio.Protocol):
             self._transport.write_eof()
 
     def abort(self) -> None:
+        """End the connection at once, also for processes that were forked from this one."""
         if self._transport is None:
             return
-        # A forked process may hold a copy of the descriptor: closing alone would not end the connection.
         with contextlib.suppress(OSError):
             self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self._transport.abort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 import warnings
@@ -10,11 +11,11 @@ from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from aiordma import assembly, handshake
+from aiordma.assembly import build
 from aiordma.channel import Channel
 from aiordma.config import ChannelConfig
 from aiordma.errors import AiordmaError, ConfigError, ConnectError, ConnectTimeout, LaneRefused
-from aiordma.handshake import Parts
+from aiordma.handshake import Parts, dial, open_lane, request, reserve, tune_control
 from aiordma.listener import Handler, Listener, Server
 
 LaneKind = Literal["tcp", "verbs"]
@@ -90,20 +91,19 @@ async def _connect(
 
 
 async def _open(host: str, port: int, config: ChannelConfig) -> Channel:
-    parts = Parts(await handshake.dial(host, port), [])
-    try:
-        parts.rings = handshake.reserve(config, config.lanes)
-        handshake.tune_control(parts.control)
+    parts = Parts(await dial(host, port), [])
+    with contextlib.ExitStack() as undo:
+        undo.callback(parts.close)
+        parts.rings = reserve(config, config.lanes)
+        tune_control(parts.control)
         sent_at = time.perf_counter()
-        answer = await handshake.request(parts, config)
+        answer = await request(parts, config)
         rtt_s = time.perf_counter() - sent_at
         for lane in range(answer.lanes):
-            parts.lanes.append(await handshake.dial(host, port))
-            await handshake.open_lane(parts.lanes[-1], answer, lane, config)
-        channel = await assembly.build(parts, config, peer=f"{host}:{port}", rtt_s=rtt_s)
-    except BaseException:
-        parts.close()
-        raise
+            parts.lanes.append(await dial(host, port))
+            await open_lane(parts.lanes[-1], answer, lane, config)
+        channel = await build(parts, config, peer=f"{host}:{port}", rtt_s=rtt_s)
+        undo.pop_all()
     return channel
 
 
@@ -138,15 +138,13 @@ async def _listen(host: str, port: int, config: ChannelConfig, insecure: bool) -
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, proto, _, address = found[0]
-        sock = socket.socket(family, kind, proto)
-        try:
+        with contextlib.ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(family, kind, proto))
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
             sock.listen(128)
-        except BaseException:
-            sock.close()
-            raise
+            undo.pop_all()
     except OSError as exc:
         raise ConnectError(
             f"cannot listen on {host}:{port} ({exc.strerror or exc}): choose another port, or 0 for any"

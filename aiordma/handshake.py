@@ -58,14 +58,12 @@ def reserve(config: ChannelConfig, lanes: int) -> list[Ring]:
     """A ring for each lane, all of one size. Raises `Busy` beyond the memory budget."""
     rings: list[Ring] = []
     slots = config.slots
-    try:
+    with contextlib.ExitStack() as undo:
         for _ in range(lanes):
             rings.append(Ring(slots, config.slot_bytes))
+            undo.callback(rings[-1].close)
             slots = rings[-1].slots
-    except BaseException:
-        for ring in rings:
-            ring.close()
-        raise
+        undo.pop_all()
     return rings
 
 
@@ -90,18 +88,15 @@ async def dial(host: str, port: int) -> socket.socket:
         raise ConnectError(f"cannot resolve {host!r}: {exc.strerror or exc}") from exc
     failure: OSError | None = None
     for family, kind, proto, _, address in found:
-        sock = socket.socket(family, kind, proto)
-        try:
+        with contextlib.ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(family, kind, proto))
             sock.setblocking(False)
-            await loop.sock_connect(sock, address)
-        except OSError as exc:
-            sock.close()
-            failure = exc
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                await loop.sock_connect(sock, address)
+            except OSError as exc:
+                failure = exc
+                continue
+            undo.pop_all()
             return sock
     reason = failure.strerror if failure is not None else "no address"
     raise ConnectError(

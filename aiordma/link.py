@@ -33,8 +33,7 @@ from aiordma.wire.frames import ChunkHeader
 from aiordma.wire.receiving import Incoming, Verdict
 from aiordma.wire.session import Session, error_of
 
-_GRACE_S: Final = 1.0
-"""How long a lane that ended waits for the control connection to say why."""
+_GRACE_S: Final = 1.0  # how long a lane that ended waits for the control connection to say why
 
 
 class Link:
@@ -123,6 +122,7 @@ class Link:
             self.fill(port)
 
     def fill(self, port: Port) -> None:
+        """Post what may go on this lane now."""
         while self.error is None and port.lane.room:
             plan = self.session.sender.next(port.index)
             if plan is None:
@@ -148,6 +148,7 @@ class Link:
         return self.receptions[verdict.id] if isinstance(verdict, Incoming) else verdict
 
     def came(self, header: ChunkHeader, chunk: Chunk, subject: Subject) -> None:
+        """A chunk is here, whole: check it, and hand it to its transfer."""
         self._pulse.heard()
         if subject is Verdict.EARLY:
             if header.transfer > self.session.receiver.last:
@@ -221,6 +222,7 @@ class Link:
     # Control connection
 
     def control_received(self, data: bytes) -> None:
+        """Control bytes came."""
         self._pulse.heard()
         try:
             for event in self.session.receive(data):
@@ -308,6 +310,7 @@ class Link:
         self.fail(error)
 
     def judge(self, now: float) -> None:
+        """Fail the transfers that made no progress for `idle_timeout_s`."""
         idle_s = self.config.idle_timeout_s
         for send in list(self.sends.values()):
             if now - send.moved_at > idle_s and self.session.sender.is_claimed(send.id):
@@ -334,6 +337,7 @@ class Link:
     # Ends
 
     def lane_lost(self, port: Port, exc: Exception | None) -> None:
+        """A lane moves nothing any more."""
         if self.error is not None:
             return
         if isinstance(exc, RemoteProtocolError):

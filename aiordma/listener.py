@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Final, Self
 
-from aiordma import assembly, handshake
+from aiordma.assembly import build
 from aiordma.channel import Channel
 from aiordma.config import ChannelConfig
 from aiordma.errors import (
@@ -21,7 +21,7 @@ from aiordma.errors import (
     LaneRefused,
     RemoteProtocolError,
 )
-from aiordma.handshake import Pending
+from aiordma.handshake import Pending, grant, hear, say
 from aiordma.queues import Fifo
 from aiordma.wire import hello
 from aiordma.wire.hello import Hello, LaneProof, Refusal
@@ -126,7 +126,7 @@ class Listener:
         except AiordmaError as exc:
             with contextlib.suppress(AiordmaError, TimeoutError):
                 async with asyncio.timeout(self._config.close_timeout_s):
-                    await handshake.say(sock, hello.CONTROL, Refusal(str(exc)[:1000]))
+                    await say(sock, hello.CONTROL, Refusal(str(exc)[:1000]))
         except TimeoutError:
             pass  # silence is answered with silence
         finally:
@@ -134,7 +134,7 @@ class Listener:
                 sock.close()
 
     async def _admit(self, sock: socket.socket, peer: str) -> bool:
-        kind, body = await handshake.hear(sock)
+        kind, body = await hear(sock)
         if kind == hello.LANE and isinstance(body, LaneProof):
             pending = self._pending.get(body.session)
             if pending is None:
@@ -151,20 +151,19 @@ class Listener:
         return True
 
     async def _open(self, sock: socket.socket, greeting: Hello, peer: str) -> None:
-        pending = await handshake.grant(sock, greeting, self._config)
+        pending = await grant(sock, greeting, self._config)
         session = pending.answer.session
         self._pending[session] = pending
-        try:
-            sent_at = time.perf_counter()
-            await handshake.say(sock, hello.CONTROL, pending.answer)
-            await pending.complete
+        with contextlib.ExitStack() as undo:
+            undo.callback(pending.parts.close)
+            with contextlib.ExitStack() as wait:
+                wait.callback(self._pending.pop, session)
+                sent_at = time.perf_counter()
+                await say(sock, hello.CONTROL, pending.answer)
+                await pending.complete
             rtt_s = time.perf_counter() - sent_at
-            channel = await assembly.build(pending.parts, self._config, peer=peer, rtt_s=rtt_s)
-        except BaseException:
-            pending.parts.close()
-            raise
-        finally:
-            del self._pending[session]
+            channel = await build(pending.parts, self._config, peer=peer, rtt_s=rtt_s)
+            undo.pop_all()
         self._channels.put(channel)
 
 

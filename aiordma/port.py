@@ -92,6 +92,7 @@ class Port:
         return [stage[: plan.length]]
 
     def sent(self, header: ChunkHeader) -> None:
+        """The chunk is out of the lane's hands."""
         self._sent = (self._sent[0] + 1, self._sent[1] + header.length)
         stage = self._staged.pop(header.slot, None)
         if stage is not None:
@@ -105,6 +106,7 @@ class Port:
     # Receiving
 
     def place(self, header: ChunkHeader) -> memoryview:
+        """The chunk's final place, if its receiver gave one, else its slot. Judges it when asked first."""
         known = self._landings.get(header.slot)
         subject = self._admit(header) if known is None else known.subject
         view = None
@@ -117,6 +119,7 @@ class Port:
         return view
 
     def arrived(self, header: ChunkHeader) -> None:
+        """The slot is filled, even if the bytes went to their final place: it is free once released."""
         if header.slot not in self._landings:
             self.place(header)
         subject, view, is_direct = self._landings.pop(header.slot)

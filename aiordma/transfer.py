@@ -15,9 +15,16 @@ from typing import Protocol, Self
 import msgspec
 import numpy as np
 
-from aiordma import tensors
 from aiordma.errors import AiordmaError, Busy, TransferAborted, TransferRefused, again
-from aiordma.tensors import Array, Destination, Framework, Outgoing
+from aiordma.tensors import (
+    Array,
+    Destination,
+    Framework,
+    Outgoing,
+    allocate,
+    destination,
+    typed_view,
+)
 from aiordma.wire.manifest import Manifest, TensorSpec
 from aiordma.wire.receiving import Incoming
 
@@ -75,7 +82,7 @@ class Chunk:
             raise Busy("the chunk was released: its slot may hold other bytes by now")
         found = self._manifest.parts(self.offset, self.nbytes)
         return [
-            (spec, element, tensors.typed_view(spec, self._view[start - self.offset :][:nbytes]))
+            (spec, element, typed_view(spec, self._view[start - self.offset :][:nbytes]))
             for spec, element, start, nbytes in found
         ]
 
@@ -346,7 +353,7 @@ class Transfer:
         `TransferError` if the transfer fails. Cancelled before the first chunk came, it can be called again;
         later, the transfer is aborted. The channel stays usable.
         """
-        buffer, arrays = tensors.allocate(self.manifest, framework)
+        buffer, arrays = allocate(self.manifest, framework)
         self.reception.begin(Destination(self.manifest, buffer))
         await self.reception.complete()
         return arrays
@@ -356,7 +363,7 @@ class Transfer:
 
         Raises and is cancelled like `arrays`; the arrays hold undefined bytes unless it succeeds.
         """
-        self.reception.begin(tensors.destination(self.manifest, mapping))
+        self.reception.begin(destination(self.manifest, mapping))
         await self.reception.complete()
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:

@@ -1,4 +1,4 @@
-"""`python -m fedllm serve | join | demo`: federated fine-tuning of a language model from a shell."""
+"""`python -m fedllm serve | join | demo`: federated fine-tuning from a shell."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aiordma import AiordmaError
-from fedllm.demo.conduct import DemoOptions, demo
+from fedllm.demo.conduct import RATES_GIVEN, DemoOptions, demo
 from fedllm.demo.events import Report, json_lines
 from fedllm.demo.leash import hold_leash
 from fedllm.demo.screen import Screen, open_console
@@ -31,9 +31,9 @@ examples:
       python -m fedllm demo
 
   the same for real. On the server, which holds the base model but no text:
-      python -m fedllm serve --base ./base --rounds 10 --min-silos 2 --port 4791 --out ./result
+      python -m fedllm serve --base ./base --rounds 10 --min-silos 2 --out ./result
   on each silo, which holds the same base model and its own text:
-      python -m fedllm join --server SERVER:4791 --name hospital --base ./base --text ./letters
+      python -m fedllm join --server localhost:4791 --name clinic --base ./base --text ./letters
 
   `python -m fedllm COMMAND --help` says more about each."""
 
@@ -70,7 +70,8 @@ A small GPT-2 is first trained on neutral text (numpy's docstrings and tests). A
 perplexity of the base, of each silo's model trained alone for as many steps, and of the federated
 one, on held-out text of each silo and on all of it.
 
-Exit code 0: the federated model is better on all text together than any silo alone; 3: it is not."""
+Exit code 0: on all text together the federated model is better than any silo alone; 3: it is
+not."""
 
 DEMO_EXAMPLES = """\
 examples:
@@ -81,6 +82,7 @@ examples:
   python -m fedllm demo --silos mail=./mail docstrings sources"""
 
 
+MENDABLE = (AiordmaError, FedError, OSError)
 Options = TypeVar("Options")
 
 
@@ -93,8 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(namespace.run(namespace))
     except KeyboardInterrupt:
         return 130
-    except* (AiordmaError, FedError, OSError, ValueError) as group:
-        for error in _leaves(group):
+    except (*MENDABLE, ExceptionGroup) as exc:
+        mendable, foreign = ExceptionGroup("", [exc]).split(MENDABLE)
+        if foreign is not None:
+            raise
+        for error in _leaves(mendable):
             sys.stderr.write(f"fedllm: {error}\n")
         return 1
 
@@ -123,7 +128,8 @@ def _add_serve(commands: Any) -> None:
     add("--min-silos", type=_whole, default=2, help="fewest silos a round needs (default 2)")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     add("--port", type=int, default=4791, help="0 takes a free one (default 4791)")
-    add("--deadline", type=float, metavar="SECONDS", help="longest a round waits (default: for ever)")
+    add("--insecure", action="store_true", help="allow another address than this machine's own")
+    add("--deadline", type=float, metavar="SECONDS", help="most for a phase of a round")
     add("--out", type=Path, default=Path("result"), help="folder to write (default: ./result)")
     add("--lr", type=float, help="learning rate (default: 1e-3 for lora, 5e-5 for full)")
 
@@ -136,6 +142,7 @@ def _add_join(commands: Any) -> None:
     add("--server", type=_address, required=True, metavar="HOST:PORT", help="where `serve` listens")
     add("--name", type=_name, required=True, help="this silo's name; each silo has its own")
     add("--text", required=True, help=f"a file, a folder, or one of {', '.join(BUILTIN)}")
+    add("--out", type=Path, help="folder for the run's final model (default: not written here)")
     add("--threads", type=_whole, default=1, help="threads to train with (default 1)")
 
 
@@ -147,8 +154,14 @@ def _add_demo(commands: Any) -> None:
     add = parser.add_argument
     add("--out", type=Path, help="folder to write (default: runs/<time>)")
     add("--model", metavar="PATH_OR_NAME", help="a base to load instead of making one")
-    add("--silos", type=_silo, nargs="+", default=[(name, name) for name in BUILTIN],
-        metavar="NAME[=TEXT]", help="TEXT as in `join`; NAME alone is a built-in text")
+    add(
+        "--silos",
+        type=_pair,
+        nargs="+",
+        metavar="NAME[=TEXT]",
+        default=[(name, name) for name in BUILTIN],
+        help=f"TEXT as in `join`; NAME alone is a built-in text (default: {' '.join(BUILTIN)})",
+    )
     add("--lr", type=float, help="default: 1e-2 (lora) or 1e-3 (full); with --model 1e-3, 5e-5")
     add("--eval-tokens", type=_whole, default=24_576, help="most held-out tokens judged a silo")
     _size_arguments(parser)
@@ -160,8 +173,9 @@ def _add_stages(commands: Any) -> None:
     prepare.set_defaults(run=_prepare)
     prepare.add_argument("--out", type=Path, required=True)
     prepare.add_argument("--model")
-    prepare.add_argument("--silos", type=_silo, nargs="+", required=True)
+    prepare.add_argument("--silos", type=_pair, nargs="+", required=True)
     _size_arguments(prepare)
+    prepare.add_argument("--seed", type=int, required=True)
     alone = commands.add_parser("alone")
     alone.set_defaults(run=_alone)
     _base_arguments(alone)
@@ -173,8 +187,169 @@ def _add_stages(commands: Any) -> None:
     judge = commands.add_parser("judge")
     judge.set_defaults(run=_judge)
     _base_arguments(judge)
-    judge.add_argument("--models", type=_silo, nargs="+", required=True)
-    judge.add_argument("--texts", type=_silo, nargs="+", required=True)
+    judge.add_argument("--models", type=_pair, nargs="+", required=True)
+    judge.add_argument("--texts", type=_pair, nargs="+", required=True)
     judge.add_argument("--eval-tokens", type=_whole, required=True)
     for parser in (prepare, alone, judge):
         _program_arguments(parser)
+
+
+def _command(commands: Any, name: str, text: str, examples: str, *, help: str) -> Any:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=text,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _program_arguments(parser)
+    return parser
+
+
+def _base_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="FOLDER_OR_NAME",
+        help="the base model and its tokenizer, as transformers saves or names them",
+    )
+    _mode_argument(parser)
+
+
+def _mode_argument(parser: Any) -> None:
+    parser.add_argument(
+        "--mode",
+        choices=("lora", "full"),
+        default="lora",
+        help="train a LoRA adapter (default), or all weights",
+    )
+
+
+def _run_arguments(parser: Any) -> None:
+    add = parser.add_argument
+    add("--rounds", type=_whole, default=5, help="rounds of training and averaging (default 5)")
+    add("--steps", type=_whole, default=20, help="training steps a round (default 20)")
+    add("--batch", type=_whole, default=8, help="windows of 128 tokens a step (default 8)")
+    add("--seed", type=int, default=0, help="of everything random (default 0)")
+
+
+def _size_arguments(parser: Any) -> None:
+    made = parser.add_argument_group("the base model that is made when none is given")
+    made.add_argument("--pretrain-steps", type=_whole, default=300, help="default 300")
+    made.add_argument("--width", type=_whole, default=128, help="default 128; a multiple of 4")
+    made.add_argument("--layers", type=_whole, default=4, help="default 4")
+
+
+def _program_arguments(parser: Any) -> None:
+    programs = parser.add_argument_group("for programs that start this one")
+    programs.add_argument("--json", action="store_true", help="report as lines of JSON")
+    programs.add_argument("--leash", action="store_true", help="end when standard input closes")
+
+
+def _serve(namespace: argparse.Namespace) -> int:
+    from fedllm.demo.serving import ServeOptions, serve
+
+    with _reporting(namespace, "server") as report:
+        lr = namespace.lr or RATES_GIVEN[namespace.mode]
+        serve(_options(ServeOptions, namespace, lr=lr), report)
+    return 0
+
+
+def _join(namespace: argparse.Namespace) -> int:
+    from fedllm.demo.joining import JoinOptions, take_part
+
+    host, port = namespace.server
+    with _reporting(namespace, namespace.name) as report:
+        take_part(_options(JoinOptions, namespace, host=host, port=port), report)
+    return 0
+
+
+def _demo(namespace: argparse.Namespace) -> int:
+    out = namespace.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    options = _options(DemoOptions, namespace, out=out, silos=dict(namespace.silos))
+    # Children may look a model up by name once; nothing else of the demo needs a network.
+    is_local = namespace.model is None or Path(namespace.model).exists()
+    environment = {**os.environ, **({"HF_HUB_OFFLINE": "1"} if is_local else {})}
+    command = (sys.executable, "-m", "fedllm")
+    with Screen(open_console()) as screen:
+        return demo(options, command=command, environment=environment, screen=screen)
+
+
+def _prepare(namespace: argparse.Namespace) -> int:
+    from fedllm.demo.model import BaseSize
+    from fedllm.demo.stages import PrepareOptions, prepare
+
+    size = BaseSize(width=namespace.width, layers=namespace.layers, steps=namespace.pretrain_steps)
+    options = _options(PrepareOptions, namespace, silos=dict(namespace.silos), size=size)
+    with _reporting(namespace, "prepare") as report:
+        prepare(options, report)
+    return 0
+
+
+def _alone(namespace: argparse.Namespace) -> int:
+    from fedllm.demo.stages import AloneOptions, train_alone
+
+    with _reporting(namespace, namespace.name) as report:
+        train_alone(_options(AloneOptions, namespace), report)
+    return 0
+
+
+def _judge(namespace: argparse.Namespace) -> int:
+    from fedllm.demo.stages import JudgeOptions, judge_all
+
+    models, texts = dict(namespace.models), dict(namespace.texts)
+    with _reporting(namespace, "judge") as report:
+        judge_all(_options(JudgeOptions, namespace, models=models, texts=texts), report)
+    return 0
+
+
+def _options(kind: type[Options], namespace: argparse.Namespace, **given: Any) -> Options:
+    """An options dataclass from the arguments of the same names, `given` first."""
+    named = vars(namespace) | given
+    return kind(**{field.name: named[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+@contextmanager
+def _reporting(namespace: argparse.Namespace, name: str) -> Iterator[Report]:
+    if namespace.json:
+        yield json_lines(sys.stdout)
+        return
+    with Screen(open_console()) as screen:
+        yield partial(screen.show, name)
+
+
+def _leaves(group: ExceptionGroup[Exception] | None) -> Iterator[Exception]:
+    for error in group.exceptions if group else ():
+        if isinstance(error, ExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return number
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, '-', '_' and '.' only")
+    return text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    return _name(name), value if equals else name
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -168,7 +168,7 @@ def _check_fit(
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The base model's persistent tensors under the names they had before peft wrapped them."""
     seen: set[int] = set()
-    adapters = model.base_model.prefix if isinstance(model, PeftModel) else None
+    adapters = str(model.base_model.prefix) if isinstance(model, PeftModel) else None
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen or (adapters and adapters in name):
             continue

@@ -38,7 +38,17 @@ from fedllm.errors import QuorumNotReached, RoundAbandoned, SettingError, Update
 from fedllm.messages import FROM_SILO, Commit, Decline, Ready, Task, Upload, is_for
 from fedllm.strategy import Strategy
 
-__all__ = ["Outcome", "Participation", "RoundResult", "Status", "exchange", "run_round"]
+__all__ = [
+    "Outcome",
+    "Participation",
+    "Ready",
+    "RoundResult",
+    "Status",
+    "Task",
+    "exchange",
+    "run_round",
+    "turn_away",
+]
 
 UPLOAD_ATTEMPTS: Final = 2
 """How often an upload is asked for that was damaged or given up."""
@@ -149,9 +159,7 @@ class _Record:
         )
 
 
-async def exchange(
-    channel: Channel, outgoing: Outgoing, contribution: Participation
-) -> Outcome:
+async def exchange(channel: Channel, outgoing: Outgoing, contribution: Participation) -> Outcome:
     """One silo's half of a round, on the server's side: task, READY, upload, COMMIT.
 
     `outgoing` are the prepared global weights, which any number of exchanges may share. Has no deadline of its
@@ -228,7 +236,7 @@ async def _receive_update(channel: Channel, task: Task, buffers: Arrays) -> int:
             await transfer.into(buffers)
             break
         except UpdateError as exc:
-            await _refuse(transfer, str(exc))
+            await turn_away(transfer, str(exc))
             raise
         except (ChecksumError, TransferAborted):
             if attempt == UPLOAD_ATTEMPTS:
@@ -245,7 +253,7 @@ async def _next_update(channel: Channel, task: Task, attempt: int) -> Transfer:
             async for transfer in transfers:
                 if is_for(transfer.meta, task.ticket, attempt):
                     return transfer
-                await _refuse(transfer, "it is for another round, or another attempt")
+                await turn_away(transfer, "it is for another round, or another attempt")
     except TimeoutError as exc:
         raise TransferTimeout(
             f"the silo was asked for its update and began none within {UPLOAD_START_TIMEOUT_S:g} s"
@@ -253,8 +261,9 @@ async def _next_update(channel: Channel, task: Task, attempt: int) -> Transfer:
     raise ChannelClosed("the silo closed the channel before its upload")
 
 
-async def _refuse(transfer: Transfer, reason: str) -> None:
-    with contextlib.suppress(Busy):  # the silo has given it up meanwhile
+async def turn_away(transfer: Transfer, reason: str) -> None:
+    """Refuse a transfer, unless its sender has given it up."""
+    with contextlib.suppress(Busy):
         await transfer.refuse(reason)
 
 
@@ -422,7 +431,9 @@ class _Round:
         # Before the fold: a cancelled exchange takes its contribution out.
         await _cancel([self._exchanges[name] for name in slow])
         for name in slow:
-            told = self._dismiss(name, Outcome(status=status, reason=reason, is_busy=at is _At.TRAINING))
+            told = self._dismiss(
+                name, Outcome(status=status, reason=reason, is_busy=at is _At.TRAINING)
+            )
             self._exchanges[name] = asyncio.get_running_loop().create_task(told)
             self._places[name].at = _At.OUT
 

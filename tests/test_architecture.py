@@ -21,35 +21,45 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("aiordma", "fedllm")
 
 WIRE_LEAVES = "aiordma.errors aiordma.wire.frames aiordma.wire.manifest aiordma.wire.credit"
-BELOW_CHANNEL = (
-    "aiordma.errors aiordma.config aiordma.ring aiordma.tensors aiordma.stats aiordma.wire"
-    " aiordma.wire.* aiordma.lanes.*"
-)
+WIRE = "aiordma.wire aiordma.wire.*"
 BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
 
 ROOMS: Mapping[str, str] = {
     # module pattern: the modules of this project that it may import ("aiordma": by public name)
-    "aiordma": "aiordma.errors aiordma.config aiordma.wire.manifest aiordma.tensors aiordma.stats"
-    " aiordma.transfer aiordma.channel aiordma.endpoint",
+    "aiordma": "aiordma.errors aiordma.config aiordma.ring aiordma.wire.manifest aiordma.tensors"
+    " aiordma.stats aiordma.transfer aiordma.channel aiordma.listener aiordma.endpoint",
     "aiordma.errors": "",
     "aiordma.config": "aiordma.errors",
     "aiordma.ring": "aiordma.errors aiordma.config",
     "aiordma.wire": "",
     "aiordma.wire.sending": WIRE_LEAVES,
     "aiordma.wire.receiving": WIRE_LEAVES,
-    "aiordma.wire.session": "aiordma.errors aiordma.wire aiordma.wire.*",
+    "aiordma.wire.session": f"aiordma.errors {WIRE}",
     "aiordma.wire.*": "aiordma.errors",
-    "aiordma.tensors": "aiordma.errors aiordma.wire.manifest",
+    "aiordma.tensors": "aiordma.errors aiordma.wire aiordma.wire.manifest",
     "aiordma.stats": "",
     "aiordma.lanes": "",
     "aiordma.lanes.*": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
     " aiordma.lanes.base aiordma.lanes.completion",
-    "aiordma.transfer": BELOW_CHANNEL,
-    "aiordma.link": BELOW_CHANNEL,
-    "aiordma.channel": f"{BELOW_CHANNEL} aiordma.link aiordma.transfer",
-    "aiordma.endpoint": f"{BELOW_CHANNEL} aiordma.link aiordma.channel",
-    "aiordma.bench": "aiordma",
-    "aiordma.bench.*": "aiordma aiordma.bench aiordma.bench.*",
+    "aiordma.control": "aiordma.errors",
+    "aiordma.pulse": "aiordma.errors",
+    "aiordma.queues": "aiordma.errors aiordma.wire.credit",
+    "aiordma.transfer": f"aiordma.errors aiordma.tensors {WIRE}",
+    "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.tensors aiordma.transfer"
+    f" aiordma.lanes.base {WIRE}",
+    "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.control"
+    f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.port {WIRE}",
+    "aiordma.channel": "aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
+    f" {WIRE}",
+    "aiordma.handshake": f"aiordma.errors aiordma.config aiordma.ring {WIRE}",
+    "aiordma.assembly": "aiordma.errors aiordma.config aiordma.ring aiordma.stats aiordma.control"
+    f" aiordma.port aiordma.link aiordma.channel aiordma.handshake aiordma.lanes.* {WIRE}",
+    "aiordma.listener": "aiordma.errors aiordma.config aiordma.queues aiordma.channel"
+    f" aiordma.handshake aiordma.assembly {WIRE}",
+    "aiordma.endpoint": "aiordma.errors aiordma.config aiordma.channel aiordma.handshake"
+    " aiordma.assembly aiordma.listener",
+    "aiordma.bench": "",
+    "aiordma.bench.*": "aiordma aiordma.errors aiordma.bench aiordma.bench.*",
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy fedllm.rounds"
     " fedllm.server fedllm.silo",

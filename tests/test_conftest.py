@@ -49,9 +49,11 @@ async def test_a_socket_left_behind_is_seen(loop_kind):
 async def test_a_child_left_behind_is_seen(loop_kind):
     with pytest.raises(AssertionError, match="left behind"):
         async with leak_check():
-            child = await asyncio.create_subprocess_exec("cat", stdin=asyncio.subprocess.PIPE)
-    await child.communicate()
+            child = await asyncio.create_subprocess_exec("sleep", "60")
+    child.kill()
+    await child.wait()
 
 
 def test_ci_draws_the_same_examples_each_time():
-    assert hypothesis.settings.default.derandomize == bool(os.environ.get("CI"))
+    profile = hypothesis.settings()
+    assert profile.derandomize == bool(os.environ.get("CI"))

@@ -53,7 +53,7 @@ class MemoryLane:
         self._schedule()
 
     def recall(self, transfer: int, *, is_sending: bool) -> None:
-        # Receiving needs nothing: a delivery is one step, so no chunk is ever half written.
+        """Copy aside what is queued. Receiving needs nothing: no chunk is ever half written."""
         if not is_sending:
             return
         for i, item in enumerate(self._queue):

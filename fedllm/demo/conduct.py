@@ -5,7 +5,6 @@ Nothing here imports torch, so that this process answers Ctrl-C at once whatever
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from fedllm.demo.crew import Crew
 from fedllm.demo.events import Event, Judged, Listening
+from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.screen import Screen
 from fedllm.demo.verdict import BASE, FEDERATED, Verdict
 
@@ -54,18 +54,21 @@ class DemoOptions:
         return str(self.out / "text" / f"{silo}.jsonl")
 
 
-async def conduct(
-    options: DemoOptions,
-    *,
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    screen: Screen,
+def demo(
+    options: DemoOptions, *, command: Sequence[str], environment: Mapping[str, str], screen: Screen
 ) -> int:
     """Run the demo; 0 if the federated model wins on the union, else `EXIT_NOT_BETTER`.
 
-    `command` is how a child is started. Cancelling ends all children; what stands in `options.out`
-    under a name without `.part` is whole. Raises an `ExceptionGroup` of `ChildFailed`.
+    `command` starts a child, its arguments follow. SIGINT and SIGTERM end all children first; what
+    then stands in `options.out` under a name without `.part` is whole. Raises `ChildFailed`, alone
+    or in an `ExceptionGroup`.
     """
+    return run_interruptibly(_conduct(options, (*command,), environment, screen))
+
+
+async def _conduct(
+    options: DemoOptions, command: tuple[str, ...], environment: Mapping[str, str], screen: Screen
+) -> int:
     started = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     federation = _Federation(options, screen)
@@ -83,7 +86,9 @@ async def conduct(
         lines.write(json.dumps({"perplexity": verdict.perplexities}) + "\n")
     screen.show_verdict(verdict)
     screen.say(f"The federated model: {options.out / FEDERATED}   its base: {options.base}")
-    screen.say(f"Figures: {options.out / 'metrics.jsonl'}   {time.monotonic() - started:.0f} s in all")
+    screen.say(
+        f"Figures: {options.out / 'metrics.jsonl'}   {time.monotonic() - started:.0f} s in all"
+    )
     return 0 if verdict.federated_wins else EXIT_NOT_BETTER
 
 
@@ -120,7 +125,7 @@ def _tuning(options: DemoOptions) -> list[str]:
         *("--steps", str(options.steps)),
         *("--batch", str(options.batch)),
         *("--lr", repr(options.learning_rate)),
-        *("--rounds", str(options.rounds)),
+        *("--rounds", str(options.rounds), "--seed", str(options.seed)),
     ]
 
 
@@ -136,7 +141,7 @@ def _prepare_arguments(options: DemoOptions) -> list[str]:
 
 def _serve_arguments(options: DemoOptions) -> list[str]:
     return [
-        *("serve", "--base", options.base, "--out", str(options.out), "--seed", str(options.seed)),
+        *("serve", "--base", options.base, "--out", str(options.out)),
         *("--host", HOST, "--port", "0", "--min-silos", str(len(options.silos))),
         *_tuning(options),
     ]
@@ -145,14 +150,14 @@ def _serve_arguments(options: DemoOptions) -> list[str]:
 def _join_arguments(options: DemoOptions, silo: str, port: int) -> list[str]:
     return [
         *("join", "--server", f"{HOST}:{port}", "--name", silo, "--mode", options.mode),
-        *("--base", options.base, "--text", options.text(silo), "--seed", str(options.seed)),
+        *("--base", options.base, "--text", options.text(silo)),
     ]
 
 
 def _alone_arguments(options: DemoOptions, silo: str) -> list[str]:
     return [
         *("alone", "--base", options.base, "--name", silo, "--text", options.text(silo)),
-        *("--out", str(options.out / "alone" / silo), "--seed", str(options.seed)),
+        *("--out", str(options.out / "alone" / silo)),
         *_tuning(options),
     ]
 

@@ -23,10 +23,10 @@ class ChildFailed(FedError):
 class Crew:
     """Runs children whose standard output is events and whose standard error goes to a log.
 
-    Leaving the block kills whatever still runs and waits until it is gone; cancelling does the same.
-    Each child's standard input is a pipe that nobody writes to: should this process die without a
-    word, the pipe closes and `hold_leash` ends the child. A child has a process group of its own, so
-    that Ctrl-C at the terminal reaches this process alone, which then ends them all.
+    Leaving the block, by cancelling too, kills whatever still runs and waits until it is gone. Each
+    child's standard input is a pipe that nobody writes to: should this process die without a word,
+    the pipe closes and `hold_leash` ends the child. A child has a process group of its own, so that
+    Ctrl-C at the terminal reaches this process alone, which then ends them all.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Crew:
         logs: Path,
         on_event: Callable[[str, Event], None],
     ) -> None:
-        """`command` starts a child (its arguments follow); `on_event(name, event)` hears them all."""
+        """`command` starts a child, its arguments follow; `on_event(name, event)` hears them all."""
         self._command = tuple(command)
         self._environment = dict(environment)
         self._logs = logs

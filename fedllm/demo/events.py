@@ -84,4 +84,5 @@ def json_lines(stream: TextIO) -> Report:
 
 def read_event(line: bytes) -> Event:
     """The event of one line; `msgspec.DecodeError` for anything else."""
-    return msgspec.json.decode(line, type=Event)
+    event: Event = msgspec.json.decode(line, type=Event)
+    return event

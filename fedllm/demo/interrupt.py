@@ -22,9 +22,7 @@ def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
             raise KeyboardInterrupt if received[0] is signal.SIGINT else SystemExit(143)
 
 
-async def _cancelled_by_signals(
-    work: Coroutine[Any, Any, T], received: list[signal.Signals]
-) -> T:
+async def _cancelled_by_signals(work: Coroutine[Any, Any, T], received: list[signal.Signals]) -> T:
     task = asyncio.create_task(work)
 
     def stop(number: signal.Signals) -> None:

@@ -3,12 +3,15 @@
 import asyncio
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import torch
 
 from fedllm import join
-from fedllm.demo.events import Report, Said, Step
+from fedllm.adapters import Arrays
+from fedllm.demo.events import Report, Said, Step, Wrote
+from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
 from fedllm.demo.text import read_split
@@ -25,46 +28,66 @@ class JoinOptions:
     base: str
     mode: Mode
     text: str
-    seed: int
     threads: int
+    out: Path | None
 
 
-async def take_part(options: JoinOptions, report: Report) -> None:
-    """Join a server, train in every round as it asks, until the run is over."""
+def take_part(options: JoinOptions, report: Report) -> None:
+    """Join a server and train in every round as it asks, until the run is over.
+
+    With `out`, the run's final adapter (or model) is written there. SIGINT and SIGTERM leave the
+    run, after the training step in progress.
+    """
     silence()
     torch.set_num_threads(options.threads)
     base = load_base(options.base)
-    learner = prepare_learner(base, options.mode, seed=options.seed)
     tokens = encode(base.tokenizer, read_split(options.text).training)
     report(Said(f"{len(tokens):,} tokens to train on"))
-    async with join(
-        options.host, options.port, name=options.name, fingerprint=learner.fingerprint
-    ) as silo:
-        async for task in silo.rounds():
-            assignment = msgspec.convert(task.arguments, Assignment)
-            learner.load(task.weights)
-            loss = await _train(learner, tokens, assignment, options.name, task.round, report)
-            recipe = assignment.recipe
-            await task.submit(
-                learner.arrays(), weight=recipe.steps * recipe.batch, metrics={"loss": loss}
+    learner = prepare_learner(base, options.mode, seed=0)  # the server's weights replace these
+    final = run_interruptibly(_Silo(options, learner, tokens, report).take_part())
+    if options.out is not None and final is not None:
+        learner.load(final)
+        learner.save(options.out)
+        report(Wrote("the federated model", str(options.out)))
+
+
+class _Silo:
+    def __init__(
+        self, options: JoinOptions, learner: Learner, tokens: Tokens, report: Report
+    ) -> None:
+        self._options = options
+        self._learner = learner
+        self._tokens = tokens
+        self._report = report
+
+    async def take_part(self) -> Arrays | None:
+        options, learner = self._options, self._learner
+        async with join(
+            options.host, options.port, name=options.name, fingerprint=learner.fingerprint
+        ) as silo:
+            async for task in silo.rounds():
+                assignment = msgspec.convert(task.arguments, Assignment)
+                learner.load(task.weights)
+                loss = await self._train(task.round, assignment)
+                # Views, not copies: nothing trains until the next round, after the commit.
+                update = learner.arrays()
+                recipe = assignment.recipe
+                weight = recipe.steps * recipe.batch
+                await task.submit(update, weight=weight, metrics={"loss": loss})
+            return silo.final
+
+    async def _train(self, round: int, assignment: Assignment) -> float:
+        stop = threading.Event()
+        steps = assignment.recipe.steps
+        try:
+            return await asyncio.to_thread(
+                train,
+                self._learner.model,
+                self._tokens,
+                assignment.recipe,
+                seed=round_seed(assignment.seed, self._options.name, round),
+                on_step=lambda step, loss: self._report(Step(f"round {round}", step, steps, loss)),
+                stop=stop,
             )
-
-
-async def _train(
-    learner: Learner, tokens: Tokens, assignment: Assignment, name: str, round: int, report: Report
-) -> float:
-    """One round's training in a thread; cancelling ends that thread after the step in progress."""
-    stop = threading.Event()
-    steps = assignment.recipe.steps
-    try:
-        return await asyncio.to_thread(
-            train,
-            learner.model,
-            tokens,
-            assignment.recipe,
-            seed=round_seed(assignment.seed, name, round),
-            on_step=lambda step, loss: report(Step(f"round {round}", step, steps, loss)),
-            stop=stop,
-        )
-    finally:
-        stop.set()
+        finally:
+            stop.set()  # a thread cannot be cancelled: it looks at this before each step

@@ -1,5 +1,6 @@
 """One base model under one way of fine-tuning: what a silo trains and a server averages."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Learner:
 
 
 def prepare_learner(base: Base, mode: Mode, *, seed: int) -> Learner:
-    """Make `base` trainable: a seeded, untrained adapter over frozen weights, or all of the weights.
+    """Make `base` trainable: a seeded, untrained adapter over frozen weights, or all weights.
 
     `base.model` is changed in place (that is peft's way); an untrained adapter computes nothing.
     """
@@ -83,6 +84,9 @@ def prepare_learner(base: Base, mode: Mode, *, seed: int) -> Learner:
         prints = fingerprint(base.model, base.tokenizer, None)
         return Learner(base, base.model, prints)
     torch.manual_seed(seed)
-    model = get_peft_model(base.model, lora_config(base.model))
+    with warnings.catch_warnings():
+        # peft still asks transformers for `is_gradient_checkpointing`, which transformers 5 deprecates
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = get_peft_model(base.model, lora_config(base.model))
     prints = fingerprint(model, base.tokenizer, model.peft_config["default"])
     return Learner(base, model, prints)

@@ -23,9 +23,14 @@ from transformers.utils import logging as transformers_logging
 from fedllm.demo.publish import publish
 from fedllm.demo.text import Document
 from fedllm.demo.training import Recipe, encode, train
+from fedllm.errors import FedError
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_WINDOW_TOKENS = 128
+
+
+class BaseModelError(FedError):
+    """The base model cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Base:
 
     @property
     def block_tokens(self) -> int:
-        """The window that is trained and judged at once: 128, or less where the model is shorter."""
+        """The window that is trained and judged at once: 128, or what a shorter model takes."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         return min(LONGEST_WINDOW_TOKENS, int(positions or LONGEST_WINDOW_TOKENS))
 
@@ -58,12 +63,12 @@ class BaseSize:
 
 def silence() -> None:
     """Turn off transformers' notices and progress bars by its own switches."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (any text round-trips) of at most `vocabulary` tokens, learnt from `texts`."""
+    """A byte-level BPE (any text round-trips) of up to `vocabulary` tokens, from `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -74,7 +79,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
@@ -129,8 +134,14 @@ def save_base(base: Base, directory: Path) -> None:
 def load_base(source: str) -> Base:
     """Load model (in float32, on the CPU) and tokenizer from a folder, or by a name from the hub.
 
-    Errors are transformers' own (`OSError`, `ValueError`), which name what is missing.
+    Raises `BaseModelError` when there is none, or not a causal one.
     """
     place = str(Path(source).resolve()) if Path(source).exists() else source
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-    return Base(model, AutoTokenizer.from_pretrained(place))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        return Base(model, AutoTokenizer.from_pretrained(place))
+    except (OSError, ValueError) as exc:
+        raise BaseModelError(
+            f"no base model at {source!r}; give a folder that save_pretrained wrote, with its "
+            f"tokenizer, or a name on the hub ({str(exc).splitlines()[0]})"
+        ) from exc

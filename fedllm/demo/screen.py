@@ -138,7 +138,9 @@ def _verdict_table(verdict: Verdict) -> Table:
         table.add_column(escape(column), justify="right")
     best = {column: verdict.best(column) for column in columns}
     for model, row in verdict.perplexities.items():
-        table.add_row(escape(model), *(_cell(row, column, best[column] == model) for column in columns))
+        table.add_row(
+            escape(model), *(_cell(row, column, best[column] == model) for column in columns)
+        )
     return table
 
 

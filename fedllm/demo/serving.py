@@ -3,26 +3,27 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from fedllm import FedAvg, Outcome, RoundResult, Server
-from fedllm.demo.events import Listening, Report, RoundDone, SiloRow, Wrote
-from fedllm.demo.learner import Mode, prepare_learner
+from fedllm import History, RoundResult, Server
+from fedllm.demo.events import Report, RoundDone, SiloRow, Wrote
+from fedllm.demo.interrupt import run_interruptibly
+from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
 from fedllm.demo.training import Assignment, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What `serve` is told; times in seconds."""
+    """What `serve` is told; `deadline` in seconds."""
 
     base: str
     mode: Mode
     out: Path
     host: str
     port: int
+    insecure: bool
     rounds: int
     min_silos: int
     deadline: float | None
@@ -32,38 +33,78 @@ class ServeOptions:
     seed: int
 
 
-async def serve(options: ServeOptions, report: Report) -> None:
-    """Serve a whole run; then write the averaged adapter (or model) and, all along, `metrics.jsonl`."""
+def serve(options: ServeOptions, report: Report) -> None:
+    """Serve a whole run, then write the averaged adapter (or model) to `out/federated`.
+
+    `out/metrics.jsonl` gets a line as each round ends. SIGINT and SIGTERM end the run; nothing but
+    those lines is then written.
+    """
     silence()
-    base = load_base(options.base)
-    learner = prepare_learner(base, options.mode, seed=options.seed)
-    recipe = Recipe(
-        steps=options.steps,
-        batch=options.batch,
-        block_tokens=base.block_tokens,
-        learning_rate=options.lr,
-    )
+    learner = prepare_learner(load_base(options.base), options.mode, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
+    history = run_interruptibly(_serve(options, learner, report))
+    learner.load(history.weights)
+    learner.save(options.out / "federated")
+    report(Wrote("the federated model", str(options.out / "federated")))
+
+
+async def _serve(options: ServeOptions, learner: Learner, report: Report) -> History:
     metrics = options.out / "metrics.jsonl"
     metrics.write_text("")
 
     def on_round(result: RoundResult) -> None:
-        event = _round_done(result, options.rounds)
+        event = round_done(result, options.rounds)
         with metrics.open("a") as lines:
-            lines.write(json.dumps(_metrics_line(event)) + "\n")
+            lines.write(metrics_line(event))
         report(event)
 
-    server = Server(
+    recipe = Recipe(
+        steps=options.steps,
+        batch=options.batch,
+        block_tokens=learner.base.block_tokens,
+        learning_rate=options.lr,
+    )
+    async with Server(
         learner.arrays(),
         fingerprint=learner.fingerprint,
-        strategy=FedAvg(),
         min_silos=options.min_silos,
         rounds=options.rounds,
         arguments=msgspec.to_builtins(Assignment(recipe=recipe, seed=options.seed)),
         deadline_s=options.deadline,
         on_round=on_round,
+        on_silo=lambda silo, what: report(Said(f"{silo} {what}")),
+    ) as server:
+        host, port = await server.start(options.host, options.port, insecure=options.insecure)
+        report(Listening(host, port))
+        return await server.run()
+
+
+def round_done(result: RoundResult, rounds: int) -> RoundDone:
+    """A round's result as an event: what each silo uploaded, in which time, and its loss."""
+    silos = tuple(
+        SiloRow(
+            silo=silo,
+            status=str(outcome.status),
+            bytes=outcome.bytes,
+            seconds=outcome.seconds,
+            loss=outcome.metrics.get("loss"),
+        )
+        for silo, outcome in result.outcomes.items()
     )
-    history = await server.run(options.host, options.port)
-    learner.load(history.weights)
-    learner.save(options.out / "federated")
-    report(Wrote("the federated model", str(options.out / "federated")))
+    return RoundDone(round=result.round, rounds=rounds, seconds=result.seconds, silos=silos)
+
+
+def metrics_line(event: RoundDone) -> str:
+    """One line of `metrics.jsonl`: the round and, by silo, status, bytes, seconds, GB/s and loss."""
+    silos = {
+        row.silo: {
+            "status": row.status,
+            "bytes": row.bytes,
+            "seconds": row.seconds,
+            "gb_per_s": row.gb_per_s,
+            "loss": row.loss,
+        }
+        for row in event.silos
+    }
+    line = {"round": event.round, "seconds": event.seconds, "silos": silos}
+    return json.dumps(line) + "\n"

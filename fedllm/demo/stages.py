@@ -4,7 +4,6 @@
 the others, `judge_all` measures every model on every silo's held-out text.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from peft import PeftModel
 from fedllm.demo import text
 from fedllm.demo.events import Judged, Report, Said, Step, Wrote
 from fedllm.demo.learner import Mode, prepare_learner
-from fedllm.demo.model import Base, BaseSize, load_base, make_base, save_base, silence
+from fedllm.demo.model import BaseSize, load_base, make_base, save_base, silence
 from fedllm.demo.training import Recipe, encode, judge, round_seed, train
 
 
@@ -25,8 +24,8 @@ class PrepareOptions:
     out: Path
     silos: dict[str, str]
     seed: int
-    model: str | None = None
-    size: BaseSize = BaseSize()
+    model: str | None
+    size: BaseSize
 
 
 def prepare(options: PrepareOptions, report: Report) -> None:
@@ -69,9 +68,10 @@ class AloneOptions:
     text: str
     out: Path
     rounds: int
-    recipe: Recipe
+    steps: int
+    batch: int
+    lr: float
     seed: int
-    threads: int
 
 
 def train_alone(options: AloneOptions, report: Report) -> None:
@@ -81,19 +81,25 @@ def train_alone(options: AloneOptions, report: Report) -> None:
     difference to the silo's part in the federation is that nobody else's update comes in.
     """
     silence()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     base = load_base(options.base)
     learner = prepare_learner(base, options.mode, seed=options.seed)
     tokens = encode(base.tokenizer, text.read_split(options.text).training)
-    total = options.rounds * options.recipe.steps
+    recipe = Recipe(
+        steps=options.steps,
+        batch=options.batch,
+        block_tokens=base.block_tokens,
+        learning_rate=options.lr,
+    )
+    total = options.rounds * recipe.steps
     for round in range(1, options.rounds + 1):
-        done = (round - 1) * options.recipe.steps
+        done = (round - 1) * recipe.steps
 
         def on_step(step: int, loss: float, done: int = done) -> None:
             report(Step("training alone", done + step, total, loss))
 
         seed = round_seed(options.seed, options.name, round)
-        train(learner.model, tokens, options.recipe, seed=seed, on_step=on_step)
+        train(learner.model, tokens, recipe, seed=seed, on_step=on_step)
     learner.save(options.out)
     report(Wrote("its own model", str(options.out)))
 
@@ -106,7 +112,7 @@ class JudgeOptions:
     mode: Mode
     models: dict[str, str]
     texts: dict[str, str]
-    limit_tokens: int
+    eval_tokens: int
 
 
 def judge_all(options: JudgeOptions, report: Report) -> None:
@@ -123,7 +129,7 @@ def judge_all(options: JudgeOptions, report: Report) -> None:
         model = _load_tuned(options, folder)
         for silo, tokens in held_out.items():
             result = judge(
-                model, tokens, block_tokens=base.block_tokens, limit_tokens=options.limit_tokens
+                model, tokens, block_tokens=base.block_tokens, limit_tokens=options.eval_tokens
             )
             done += 1
             report(Judged(model_name, silo, result.nats, result.tokens))

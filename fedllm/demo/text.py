@@ -25,7 +25,7 @@ from fedllm.errors import FedError
 
 HELD_OUT_ONE_IN = 6
 SILO_CHARACTERS = 1_000_000
-NEUTRAL_CHARACTERS = 3_000_000
+NEUTRAL_CHARACTERS = 2_000_000
 MIN_DOCUMENT_CHARACTERS = 400
 MIN_PARAGRAPH_CHARACTERS = 40
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".json", ".html", ".csv"})
@@ -57,7 +57,7 @@ class Split:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the document of this name is held out: about one in six, by hash, everywhere alike."""
+    """Whether the document of this name is held out: about one in six, everywhere alike."""
     return _rank(name) % HELD_OUT_ONE_IN == 0
 
 
@@ -104,7 +104,7 @@ def builtin_splits() -> dict[str, Split]:
 
 
 def read_split(source: str) -> Split:
-    """The split of a built-in silo, of a text file or a folder of them, or of what `write_split` wrote.
+    """The split of a built-in silo, of text files, or what `write_split` wrote.
 
     Raises `TextError` when there is nothing to read there.
     """
@@ -165,7 +165,7 @@ def sources() -> list[Document]:
 
 
 def neutral() -> list[Document]:
-    """What the base model and its tokenizer read: numpy's docstrings and tests, never a silo's text."""
+    """What base model and tokenizer read: numpy's docstrings and tests, never a silo's text."""
     spec = importlib.util.find_spec("numpy")
     if spec is None or not spec.submodule_search_locations:
         raise TextError("numpy's sources are not there: install numpy from its wheel")

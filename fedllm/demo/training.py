@@ -40,7 +40,7 @@ class Recipe:
     decays: bool = False
 
     def rate(self, step: int) -> float:
-        """The learning rate at `step`: linear warm-up, then constant or a cosine down to a tenth."""
+        """The rate at `step`: linear warm-up, then constant or a cosine down to a tenth."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if not self.decays:
@@ -79,7 +79,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) ->
 
 
 def windows(tokens: Tokens, recipe: Recipe, seed: Sequence[int]) -> Iterator[torch.Tensor]:
-    """`recipe.steps` batches of windows drawn at random; `seed` alone decides which and in what order.
+    """`recipe.steps` batches of windows drawn at random, by `seed` alone.
 
     Each batch has shape (batch, block_tokens), dtype int64.
     """
@@ -142,7 +142,8 @@ def judge(model: nn.Module, tokens: Tokens, *, block_tokens: int, limit_tokens: 
     nats = 0.0
     model.eval()
     with torch.inference_mode():
-        for batch in rows.split(JUDGE_BATCH):
+        for start in range(0, count, JUDGE_BATCH):
+            batch = rows[start : start + JUDGE_BATCH]
             logits = model(input_ids=batch).logits[:, :-1].float()
             nats += nn.functional.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1), reduction="sum"
