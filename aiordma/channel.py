@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import msgspec
 
-from aiordma.errors import Busy, ChannelClosed, TensorError
+from aiordma.errors import Busy, ChannelClosed, MessageError, TensorError
 from aiordma.link import Link
 from aiordma.stats import ChannelStats, LaneInfo, total
 from aiordma.tensors import (
@@ -78,16 +78,16 @@ class Channel:
         """Send a small message: anything that msgspec encodes, at most the peer's `message_bytes`.
 
         Returns when the message is on its way. Waits, in order, while the peer has too many that nobody
-        received. Cancelled while it waits, nothing is sent. Raises `TensorError` for what cannot be encoded or
+        received. Cancelled while it waits, nothing is sent. Raises `MessageError` for what cannot be encoded or
         is too large.
         """
         try:
             payload = msgspec.msgpack.encode(obj)
         except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-            raise TensorError(f"the message cannot be encoded by msgspec: {exc}") from exc
+            raise MessageError(f"the message cannot be encoded by msgspec: {exc}") from exc
         limit = self._link.session.messages_out.capacity_bytes
         if len(payload) > limit:
-            raise TensorError(
+            raise MessageError(
                 f"the message has {len(payload)} bytes, and the peer takes {limit}: send tensors with send_tensor"
             )
         self._link.check()

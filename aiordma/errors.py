@@ -5,6 +5,7 @@
     AiordmaError
     ├── LocalError                    the caller's to mend; nothing was sent
     │   ├── ConfigError               a setting that cannot work (also a ValueError)
+    │   ├── MessageError              a message that cannot travel (also a ValueError)
     │   ├── TensorError               an array that cannot travel, or cannot be received so (also a ValueError)
     │   └── Busy                      somebody else holds it: a queue's consumer, the memory budget
     ├── ChannelError                  the channel is of no more use
@@ -41,6 +42,7 @@ __all__ = [
     "LaneRefused",
     "LocalError",
     "ManifestError",
+    "MessageError",
     "PeerTimeout",
     "RemoteProtocolError",
     "TensorError",
@@ -63,6 +65,10 @@ class LocalError(AiordmaError):
 
 class ConfigError(LocalError, ValueError):
     """A setting that cannot work."""
+
+
+class MessageError(LocalError, ValueError):
+    """A message that cannot be encoded, or is too large for the peer."""
 
 
 class TensorError(LocalError, ValueError):

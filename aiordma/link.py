@@ -12,6 +12,7 @@ from typing import Final
 
 from aiordma.config import ChannelConfig
 from aiordma.control import Control
+from aiordma.early import EarlyChunks
 from aiordma.errors import (
     AiordmaError,
     ChannelBroken,
@@ -31,7 +32,7 @@ from aiordma.transfer import Chunk, Reception, Send, Stage, Transfer
 from aiordma.wire import control as wire, frames
 from aiordma.wire.frames import ChunkHeader
 from aiordma.wire.receiving import Incoming, Verdict
-from aiordma.wire.session import Session, error_of
+from aiordma.wire.session import Event, Refused, Session, error_of
 
 _GRACE_S: Final = 1.0  # how long a lane that ended waits for the control connection to say why
 
@@ -51,7 +52,7 @@ class Link:
         self.outbox = Gate(session.messages_out)
         self.sends: dict[int, Send] = {}
         self.receptions: dict[int, Reception] = {}
-        self._early: dict[int, list[tuple[float, ChunkHeader, Chunk]]] = {}
+        self._early = EarlyChunks()
         self._control = control
         self._pulse = Pulse(self, config.idle_timeout_s)
         self._closing: asyncio.Task[None] | None = None
@@ -152,9 +153,7 @@ class Link:
         self._pulse.heard()
         if subject is Verdict.EARLY:
             if header.transfer > self.session.receiver.last:
-                self._early.setdefault(header.transfer, []).append(
-                    (self._pulse.now(), header, chunk)
-                )
+                self._early.add(header, chunk, self._pulse.now())
                 self._pulse.start()
                 return
             subject = self.admit(header)
@@ -241,10 +240,12 @@ class Link:
         broken.__cause__ = exc
         self.fail(broken)
 
-    def _handle(self, event: Incoming | wire.Frame) -> None:
+    def _handle(self, event: Event) -> None:
         match event:
             case Incoming():
                 self._opened(event)
+            case Refused():
+                self._refused(event.transfer)
             case wire.Message():
                 self.messages.put(event.payload)
             case wire.Acked():
@@ -271,8 +272,14 @@ class Link:
         reception = self.receptions[incoming.id] = Reception(incoming, self, self._pulse.now())
         self.transfers.put(Transfer(reception))
         self._claim_ahead(self.transfers.waiting)
-        for _, header, chunk in self._early.pop(incoming.id, ()):
+        for header, chunk in self._early.take(incoming.id):
             self.came(header, chunk, self.admit(header))
+
+    def _refused(self, transfer: int) -> None:
+        for _, chunk in self._early.take(transfer):
+            self.counters.discarded_chunks += 1
+            chunk.release()
+        self._claim_ahead(self.transfers.waiting)
 
     def _acknowledged(self, transfer: int) -> None:
         send = self.sends.get(transfer)
@@ -327,12 +334,9 @@ class Link:
                     f"and {reception.lent} that came were not released"
                 )
                 reception.give_up(timeout, str(timeout))
-        for transfer, chunks in self._early.items():
-            if now - chunks[0][0] > idle_s:
-                self.fail(
-                    RemoteProtocolError(f"a chunk of transfer {transfer}, which was never opened")
-                )
-                return
+        overdue = self._early.overdue(now - idle_s)
+        if overdue is not None:
+            self.fail(RemoteProtocolError(f"a chunk of transfer {overdue}, which was never opened"))
 
     # Ends
 

@@ -8,8 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 
 from fedllm import aggregate
@@ -33,7 +32,7 @@ def spacing(array: NDArray[Any]) -> NDArray[np.float64]:
     mantissa_bits = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}[array.dtype.name]
     lowest = {"float16": -14, "bfloat16": -126, "float32": -126, "float64": -1022}[array.dtype.name]
     exponent = np.maximum(np.frexp(wide)[1] - 1, lowest)
-    return np.ldexp(1.0, exponent - mantissa_bits)
+    return np.asarray(np.ldexp(1.0, exponent - mantissa_bits))
 
 
 @st.composite
@@ -180,10 +179,10 @@ def test_what_is_not_finite_is_named_and_leaves_no_trace(
 
 @pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf, 1e30])
 def test_a_weight_that_is_none_is_refused(weight: float) -> None:
-    with pytest.raises(UpdateError, match="weight .* is not above 0"):
+    with pytest.raises(UpdateError, match=r"weight .* is not above 0"):
         Staged({"w": np.ones(1)}).begin("a", weight)
     for strategy in (FedAvg(), FedAvg(weighted=False)):
-        with pytest.raises(UpdateError, match="weight .* is not above 0"):
+        with pytest.raises(UpdateError, match=r"weight .* is not above 0"):
             strategy.weight(weight)
 
 
@@ -193,7 +192,7 @@ def test_fedavg_counts_by_examples_or_all_alike() -> None:
 
 @pytest.mark.parametrize("dtype", ["i8", "u1", "?", "c8", ">f4"])
 def test_what_has_no_mean_is_refused_by_name(dtype: str) -> None:
-    with pytest.raises(WeightsError, match="tensor 'steps' is .* convert it, or keep it out"):
+    with pytest.raises(WeightsError, match=r"tensor 'steps' is .* convert it, or keep it out"):
         Staged({"w": np.ones(1), "steps": np.zeros(2, dtype)})
 
 

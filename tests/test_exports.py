@@ -75,7 +75,11 @@ def test_every_public_name_exists_and_is_documented(package):
 
 
 def test_every_error_is_public():
-    errors = {name for name, value in vars(aiordma.errors).items() if inspect.isclass(value)}
+    errors = {
+        name
+        for name, value in vars(aiordma.errors).items()
+        if inspect.isclass(value) and issubclass(value, Exception)
+    }
     assert errors <= set(aiordma.__all__)
 
 

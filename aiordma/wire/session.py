@@ -12,6 +12,7 @@ The session decides; the lanes and the memory belong to `aiordma.link`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from aiordma.errors import (
     AiordmaError,
@@ -43,8 +44,15 @@ _CAUSES: dict[str, type[TransferError]] = {
 }
 _CAUSE_OF = {error: cause for cause, error in _CAUSES.items()}
 
-Event = Incoming | Frame
-"""What happened: an OPEN becomes an `Incoming`; the other frames stand for themselves."""
+
+class Refused(NamedTuple):
+    """An OPEN that this end does not accept; the peer was told."""
+
+    transfer: int
+
+
+Event = Incoming | Refused | Frame
+"""What happened: an OPEN becomes an `Incoming` or `Refused`; the other frames stand for themselves."""
 
 
 def error_of(abort: Abort) -> TransferError:
@@ -217,7 +225,7 @@ class Session:
                 self._control.send(Pong(frame.token))
         return frame
 
-    def _opened(self, frame: Open) -> Incoming | None:
+    def _opened(self, frame: Open) -> Incoming | Refused:
         cost = open_cost(frame.manifest, frame.meta)
         self._opens_in.charge(cost)
         ahead = self.receiver.next_id(frame.transfer)
@@ -238,7 +246,7 @@ class Session:
         except ManifestError as exc:
             self._control.send(_abort(frame.transfer, by_sender=False, error=exc, reason=str(exc)))
             self._settle_open(cost)
-            return None
+            return Refused(frame.transfer)
         incoming = Incoming(
             id=frame.transfer,
             manifest=manifest,

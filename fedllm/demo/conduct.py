@@ -165,7 +165,7 @@ def _alone_arguments(options: DemoOptions, silo: str) -> list[str]:
 def _judge_arguments(options: DemoOptions) -> list[str]:
     models = {
         BASE: "",
-        **{f"{silo} alone": str(options.out / "alone" / silo) for silo in options.silos},
+        **{f"{silo}-alone": str(options.out / "alone" / silo) for silo in options.silos},
         FEDERATED: str(options.out / FEDERATED),
     }
     return [

@@ -14,6 +14,7 @@ from fedllm.demo.events import Event, read_event
 from fedllm.errors import FedError
 
 LOG_TAIL_LINES = 12
+CHILD_FLAGS = ("--json", "--leash")
 
 
 class ChildFailed(FedError):
@@ -21,7 +22,7 @@ class ChildFailed(FedError):
 
 
 class Crew:
-    """Runs children whose standard output is events and whose standard error goes to a log.
+    """Runs fedllm's commands as children: events on standard output, complaints into a log.
 
     Leaving the block, by cancelling too, kills whatever still runs and waits until it is gone. Each
     child's standard input is a pipe that nobody writes to: should this process die without a word,
@@ -68,6 +69,7 @@ class Crew:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
                 *arguments,
+                *CHILD_FLAGS,
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=stderr,

@@ -85,7 +85,7 @@ class Screen:
     def _step(self, name: str, event: Step) -> None:
         loss = "" if event.loss is None else f"loss {event.loss:.3f}"
         if self._progress.disable:
-            if event.step == event.steps or event.step % max(1, event.steps // 4) == 0:
+            if event.step == event.steps or event.step % max(10, event.steps // 4) == 0:
                 self.say(f"{name}: {event.stage}, step {event.step} of {event.steps}  {loss}")
             return
         if name not in self._bars:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from fedllm import History, RoundResult, Server
-from fedllm.demo.events import Report, RoundDone, SiloRow, Wrote
+from fedllm.demo.events import Listening, Report, RoundDone, Said, SiloRow, Wrote
 from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
