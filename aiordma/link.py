@@ -18,7 +18,6 @@ from aiordma.errors import (
     ChannelBroken,
     ChannelClosed,
     ChecksumError,
-    PeerTimeout,
     RemoteProtocolError,
     TransferTimeout,
     again,
@@ -312,9 +311,6 @@ class Link:
     def send_ping(self, token: int) -> None:
         self.session.ping(token)
         self.flush()
-
-    def silent(self, error: PeerTimeout) -> None:
-        self.fail(error)
 
     def judge(self, now: float) -> None:
         """Fail the transfers that made no progress for `idle_timeout_s`."""

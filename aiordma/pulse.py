@@ -25,7 +25,7 @@ class PulseOwner(Protocol):
     def judge(self, now: float) -> None:
         """Fail what made no progress for too long."""
 
-    def silent(self, error: PeerTimeout) -> None:
+    def fail(self, error: PeerTimeout) -> None:
         """The peer said nothing for too long."""
 
 
@@ -103,7 +103,7 @@ class Pulse:
         # A loop that somebody blocked reads the peer's signs of life only after this callback: do not judge.
         if now - due < self._idle_s / _TICKS:
             if now - self._heard_at > self._idle_s:
-                self._owner.silent(
+                self._owner.fail(
                     PeerTimeout(
                         f"the peer said nothing for {now - self._heard_at:.1f} s while a transfer was open: "
                         f"it hangs or is cut off (idle_timeout_s is {self._idle_s:g})"

@@ -232,7 +232,7 @@ def _decode(kind: int, sequenced: bool, body: bytes) -> Frame:
     elif kind in _DECODERS:
         try:
             frame = _DECODERS[kind].decode(body)
-        except msgspec.MsgspecError as exc:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
             raise RemoteProtocolError(f"a malformed control frame of kind {kind}: {exc}") from exc
     else:
         raise RemoteProtocolError(f"a control frame of unknown kind {kind}")

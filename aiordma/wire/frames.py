@@ -92,15 +92,18 @@ def decode(frame: memoryview | bytes | bytearray, sequence: int) -> ChunkHeader 
     """
     body = frame[:_BODY_BYTES]
     (check,) = _CHECK.unpack_from(frame, _BODY_BYTES)
-    magic, kind, flags, slot, length, _, a, b, c, d, found = _BODY.unpack(body)
+    magic, kind, flags, slot, length, rest, a, b, c, d, found = _BODY.unpack(body)
     if magic != _MAGIC or check != xxh3(body):
         raise RemoteProtocolError(
             f"lane frame {sequence} is damaged ({bytes(frame[:8]).hex()}...): its header check fails"
         )
     if found != sequence:
         raise RemoteProtocolError(f"lane frame {sequence} was due, frame {found} came")
-    if kind == _CHUNK:
-        return ChunkHeader(slot, length, a, b, c if flags & _CHECKED else None)
-    if kind == _CREDIT:
+    if kind == _CHUNK and flags <= _CHECKED and not (rest or d) and (flags or not c):
+        return ChunkHeader(slot, length, a, b, c if flags else None)
+    if kind == _CREDIT and not (flags or slot or length or rest):
         return CreditHeader(a | b << 64 | c << 128 | d << 192)
-    raise RemoteProtocolError(f"lane frame {sequence} is of unknown kind {kind}")
+    raise RemoteProtocolError(
+        f"lane frame {sequence} is of kind {kind} with flags {flags}, or has bits set that must be 0: "
+        f"no peer of this version sends it"
+    )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hmac
 import struct
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -64,7 +64,7 @@ class LaneProof(msgspec.Struct, frozen=True, array_like=True, tag="lane"):
     """A lane's proof that it belongs to a session."""
 
     session: bytes
-    lane: int
+    lane: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
     proof: bytes
 
 
@@ -116,7 +116,7 @@ def decode_body(data: bytes) -> Body:
     """Decode a body; anything else raises `RemoteProtocolError`."""
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise RemoteProtocolError(f"a malformed handshake: {exc}") from exc
 
 

@@ -75,11 +75,15 @@ async def _conduct(
     async with Crew(
         command, environment=environment, logs=options.out / "logs", on_event=federation.hear
     ) as crew:
+        screen.say("1 of 4: the base model, and each silo's text", style="bold")
         await crew.run("prepare", *_prepare_arguments(options))
+        screen.say(f"2 of 4: {options.rounds} federated rounds", style="bold")
         await federation.train(crew)
+        screen.say("3 of 4: each silo alone, with the same steps and settings", style="bold")
         async with asyncio.TaskGroup() as together:
             for silo in options.silos:
                 together.create_task(crew.run(f"{silo}-alone", *_alone_arguments(options, silo)))
+        screen.say("4 of 4: every model on every silo's held-out text", style="bold")
         await crew.run("judge", *_judge_arguments(options))
     verdict = Verdict.of(tuple(options.silos), federation.judged)
     with (options.out / "metrics.jsonl").open("a") as lines:

@@ -128,7 +128,7 @@ def _round_table(event: RoundDone) -> Table:
 
 def _verdict_table(verdict: Verdict) -> Table:
     table = Table(
-        title="perplexity on held-out text (lower is better; * best of its column)",
+        title="perplexity on held-out text (* lowest)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
