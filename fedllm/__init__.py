@@ -1,0 +1,65 @@
+"""Federated rounds of language models over aiordma: a thin layer of coroutines.
+
+    history = await Server(weights, fingerprint=f, min_silos=2, rounds=10).run(host, port)
+
+    async with join(host, port, name="bank", fingerprint=f) as silo:
+        async for task in silo.rounds():
+            update = await asyncio.to_thread(train, task.weights)
+            await task.submit(update, weight=examples)
+
+`run_round` and `exchange` are the same for those who own the loop and the channels.
+"""
+
+from fedllm.aggregate import Aggregation, Contribution, Staged
+from fedllm.config import RunConfig
+from fedllm.errors import (
+    FedError,
+    JoinRefused,
+    QuorumNotReached,
+    RoundAbandoned,
+    RoundError,
+    RunFailed,
+    ServerLost,
+    SettingError,
+    UpdateError,
+    WeightsError,
+)
+from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
+from fedllm.rounds import RoundResult, run_round
+from fedllm.server import History, RoundRecord, Server
+from fedllm.silo import Report, RoundTask, Silo, join
+from fedllm.strategy import FedAvg, Strategy
+
+__all__ = [
+    "Aggregation",
+    "Contribution",
+    "FedAvg",
+    "FedError",
+    "History",
+    "JoinRefused",
+    "Outcome",
+    "Participation",
+    "QuorumNotReached",
+    "Ready",
+    "Report",
+    "RoundAbandoned",
+    "RoundError",
+    "RoundRecord",
+    "RoundResult",
+    "RoundTask",
+    "RunConfig",
+    "RunFailed",
+    "Server",
+    "ServerLost",
+    "SettingError",
+    "Silo",
+    "Staged",
+    "Status",
+    "Strategy",
+    "Task",
+    "UpdateError",
+    "WeightsError",
+    "exchange",
+    "join",
+    "run_round",
+]

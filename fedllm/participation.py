@@ -1,0 +1,253 @@
+"""One silo's half of a round, on the server's side: what is said and sent over its channel, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import msgspec
+
+from aiordma import (
+    AiordmaError,
+    Busy,
+    Channel,
+    ChannelClosed,
+    ChannelError,
+    ChecksumError,
+    Outgoing,
+    Transfer,
+    TransferAborted,
+    TransferTimeout,
+)
+from fedllm.aggregate import Arrays, Contribution, check_layout
+from fedllm.errors import RoundAbandoned, UpdateError
+from fedllm.messages import FROM_SILO, Commit, Decline, Ready, Task, Upload, is_for
+
+__all__ = ["Outcome", "Participation", "Ready", "Status", "Task", "exchange", "tell", "turn_away"]
+
+UPLOAD_ATTEMPTS: Final = 2
+"""How often an upload is asked for that was damaged or given up."""
+UPLOAD_START_TIMEOUT_S: Final = 60.0
+"""How long a silo that said READY may take to begin its upload; from then on aiordma's idle timeout runs."""
+NOTICE_TIMEOUT_S: Final = 10.0
+"""How long a silo may take to make room for one small message before it counts as failed."""
+
+
+class Status(enum.StrEnum):
+    """What became of a silo in a round."""
+
+    COMMITTED = "committed"
+    """Its update is in the new weights."""
+    REFUSED = "refused"
+    """Its update, or what it said of it, is not acceptable; or it declined."""
+    FAILED = "failed"
+    """Its channel or one of its transfers failed."""
+    LATE = "late"
+    """It missed the deadline of a phase."""
+    ABANDONED = "abandoned"
+    """The round ended without a result, and nothing was wrong with this silo."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of one silo in a round. Times are seconds; bytes are tensor bytes."""
+
+    status: Status
+    reason: str = ""
+    """Why, for a person; also set if a committed silo died before it heard of the commit."""
+    error: Exception | None = None
+    """The cause, without its traceback, whose frames would keep whole models alive."""
+    weight: float | None = None
+    """What the silo reported; None before READY."""
+    norm: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    sent_bytes: int = 0
+    """Of the global weights."""
+    sent_seconds: float = 0.0
+    bytes: int = 0
+    """Of the update."""
+    seconds: float = 0.0
+    """From the request for the update to its last byte."""
+    is_busy: bool = False
+    """Whether the silo has yet to answer this round's task, so that it would be late for the next as well."""
+
+
+class Participation(Protocol):
+    """One silo's place in a round: the gates between the phases of `exchange`.
+
+    Who owns the loop may let everybody through at once: ``ready`` returns ``aggregation.begin(name,
+    report.weight)`` and ``decided`` returns when the aggregation is committed.
+    """
+
+    @property
+    def task(self) -> Task:
+        """What the silo is told to do."""
+
+    async def ready(self, report: Ready) -> Contribution:
+        """Wait for the choice of the cohort; the place for the update.
+
+        Raises `UpdateError` for a report that is not acceptable, `RoundAbandoned` if there is no cohort.
+        """
+
+    async def decided(self) -> None:
+        """The update was added. Wait for the commit. Raises `RoundAbandoned` if there is none."""
+
+
+@dataclass(kw_only=True)
+class _Record:
+    """What is known of an exchange so far."""
+
+    doing: str = "sending the weights"
+    report: Ready | None = None
+    sent_bytes: int = 0
+    sent_seconds: float = 0.0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def outcome(self, status: Status, error: Exception | None, *, is_busy: bool) -> Outcome:
+        report = self.report
+        return Outcome(
+            status=status,
+            reason=f"{self.doing}: {error}" if error else "",
+            error=without_traceback(error) if error else None,
+            weight=report.weight if report else None,
+            norm=report.norm if report else None,
+            metrics=report.metrics if report else {},
+            sent_bytes=self.sent_bytes,
+            sent_seconds=self.sent_seconds,
+            bytes=self.bytes,
+            seconds=self.seconds,
+            is_busy=is_busy,
+        )
+
+
+async def exchange(channel: Channel, outgoing: Outgoing, contribution: Participation) -> Outcome:
+    """One silo's half of a round, on the server's side: task, READY, upload, COMMIT.
+
+    `outgoing` are the prepared global weights, which any number of exchanges may share. Has no deadline of its
+    own: cancel it, which aborts the contribution and leaves the channel usable; the silo is then to be told by
+    a `Commit` that is not accepted, or by the next task. All that goes wrong with the silo is returned.
+    """
+    record = _Record()
+    task = contribution.task
+    error: Exception | None = None
+    try:
+        await _hand_out(channel, outgoing, task, record)
+        record.doing = "waiting for READY"
+        record.report = await _receive_report(channel, task)
+        record.doing = "waiting for the cohort"
+        place = await contribution.ready(record.report)
+        record.doing = "receiving the update"
+        await _contribute(channel, task, place, record)
+        record.doing = "waiting for the commit"
+        await contribution.decided()
+        status = Status.COMMITTED
+    except UpdateError as exc:
+        status, error = Status.REFUSED, exc
+    except RoundAbandoned as exc:
+        status, error = Status.ABANDONED, exc
+    except (AiordmaError, msgspec.DecodeError) as exc:
+        status, error = Status.FAILED, exc
+    is_busy = record.report is None and not isinstance(error, UpdateError | msgspec.DecodeError)
+    if isinstance(error, ChannelError):
+        return record.outcome(status, error, is_busy=False)
+    unheard = await tell(channel, Commit(task.ticket, error is None, str(error or "")))
+    if unheard is not None and error is None:
+        record.doing, error = "sending the commit", unheard
+    return record.outcome(status, error, is_busy=is_busy)
+
+
+async def _hand_out(channel: Channel, outgoing: Outgoing, task: Task, record: _Record) -> None:
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    await channel.send(task)
+    await channel.send_tensors(outgoing, meta=task.meta(0))
+    record.sent_bytes = outgoing.manifest.total_bytes
+    record.sent_seconds = loop.time() - started
+
+
+async def _receive_report(channel: Channel, task: Task) -> Ready:
+    while True:
+        message: Ready | Decline = await channel.recv(FROM_SILO)
+        if message.ticket != task.ticket:
+            continue  # late for an earlier task, of whose end the silo was told
+        if isinstance(message, Decline):
+            raise UpdateError(f"the silo declined: {message.reason}")
+        return message
+
+
+async def _contribute(channel: Channel, task: Task, place: Contribution, record: _Record) -> None:
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as undo:
+        undo.callback(place.abort)
+        started = loop.time()
+        record.bytes = await _receive_update(channel, task, place.buffers)
+        record.seconds = loop.time() - started
+        record.doing = "checking the update"
+        await asyncio.to_thread(place.add)
+        undo.pop_all()
+
+
+async def _receive_update(channel: Channel, task: Task, buffers: Arrays) -> int:
+    for attempt in itertools.count(1):
+        await channel.send(Upload(task.ticket, attempt))
+        transfer = await _next_update(channel, task, attempt)
+        specs = transfer.manifest.tensors
+        try:
+            check_layout(buffers, ((spec.name, spec.dtype, spec.shape) for spec in specs))
+            await transfer.into(buffers)
+            break
+        except UpdateError as exc:
+            await turn_away(transfer, str(exc))
+            raise
+        except (ChecksumError, TransferAborted):
+            if attempt == UPLOAD_ATTEMPTS:
+                raise
+    return transfer.manifest.total_bytes
+
+
+async def _next_update(channel: Channel, task: Task, attempt: int) -> Transfer:
+    try:
+        async with (
+            asyncio.timeout(UPLOAD_START_TIMEOUT_S),
+            contextlib.aclosing(channel.incoming()) as transfers,
+        ):
+            async for transfer in transfers:
+                if is_for(transfer.meta, task.ticket, attempt):
+                    return transfer
+                await turn_away(transfer, "it is for another round, or another attempt")
+    except TimeoutError as exc:
+        raise TransferTimeout(
+            f"the silo was asked for its update and began none within {UPLOAD_START_TIMEOUT_S:g} s"
+        ) from exc
+    raise ChannelClosed("the silo closed the channel before its upload")
+
+
+async def turn_away(transfer: Transfer, reason: str) -> None:
+    """Refuse a transfer, unless its sender has given it up."""
+    with contextlib.suppress(Busy):
+        await transfer.refuse(reason)
+
+
+async def tell(channel: Channel, message: Commit) -> Exception | None:
+    """Send the last word of a round; what went wrong, if the silo cannot hear it."""
+    try:
+        async with asyncio.timeout(NOTICE_TIMEOUT_S):
+            await channel.send(message)
+    except (AiordmaError, TimeoutError) as exc:
+        return exc
+    return None
+
+
+def without_traceback(error: Exception) -> Exception:
+    """The error and its causes without the frames in which they were raised, and all that these hold."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
