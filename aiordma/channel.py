@@ -75,7 +75,8 @@ class Channel:
     # Messages
 
     async def send(self, obj: object) -> None:
-        """Send a small message: anything that msgspec encodes, at most the peer's `message_bytes`.
+        """Send a small message: anything that msgspec encodes, up to three quarters of the peer's
+        `message_bytes`.
 
         Returns when the message is on its way. Waits, in order, while the peer has too many that nobody
         received. Cancelled while it waits, nothing is sent. Raises `MessageError` for what cannot be encoded or
@@ -103,11 +104,17 @@ class Channel:
 
         Cancelling loses no message. Messages that came before the channel was closed can still be received;
         then raises `ChannelClosed` or `ChannelBroken`. A message that is not of the `type` raises
-        `msgspec.ValidationError`, and is gone.
+        `MessageError`, and is gone.
         """
         payload = await self._link.messages.take()
         self._link.message_taken(payload)
-        return msgspec.msgpack.decode(payload, type=type)
+        try:
+            return msgspec.msgpack.decode(payload, type=type)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise MessageError(
+                f"the message is not of the type that recv() was asked for ({exc}): it is gone; ask for the type "
+                "that the peer sends"
+            ) from exc
 
     async def ping(self) -> float:
         """One round trip over the control connection, in seconds; the peer's loop answers by itself."""

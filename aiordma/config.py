@@ -40,11 +40,11 @@ class ChannelConfig:
     messages: int = 256
     """How many messages the peer may send that nobody has received yet."""
     message_bytes: int = 4 << 20
-    """How many bytes these may have together; also the largest single message."""
+    """How many bytes these may have together; a single message, three quarters of it."""
     open_transfers: int = 256
     """How many unfinished transfers the peer may have open."""
     manifest_bytes: int = 8 << 20
-    """How many bytes of manifest and `meta` these may have together."""
+    """How many bytes of manifest and `meta` these may have together; a single one, three quarters of it."""
     max_tensors: int = 100_000
     """The most tensors in one transfer that is accepted."""
     max_transfer_bytes: int = 1 << 42

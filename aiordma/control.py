@@ -63,7 +63,8 @@ class TcpControl(asyncio.Protocol):
 
     def close(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # reset by the peer, which the loop tells us next
+                self._transport.write_eof()
 
     def abort(self) -> None:
         """End the connection at once, also for processes that were forked from this one."""

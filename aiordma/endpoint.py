@@ -15,7 +15,15 @@ from aiordma.assembly import build
 from aiordma.channel import Channel
 from aiordma.config import ChannelConfig
 from aiordma.errors import AiordmaError, ConfigError, ConnectError, ConnectTimeout, LaneRefused
-from aiordma.handshake import Parts, dial, open_lane, request, reserve, tune_control
+from aiordma.handshake import (
+    Parts,
+    dial,
+    open_lane,
+    request,
+    reserve,
+    tune_control,
+    tune_lane,
+)
 from aiordma.listener import Handler, Listener, Server
 
 LaneKind = Literal["tcp", "verbs"]
@@ -63,8 +71,8 @@ def connect(
     """Open a channel to a listener: ``await connect(...)`` or ``async with connect(...) as channel``.
 
     `require` refuses lanes of any other kind ("tcp" or "verbs"). Raises `ConnectError`: `ConnectTimeout` after
-    `timeout_s` seconds, `ForeignPeer`, `VersionMismatch`, `LaneRefused`; `Busy` beyond the memory budget.
-    Cancelled, nothing is left behind.
+    `timeout_s` seconds, `ForeignPeer`, `VersionMismatch`, `LaneRefused`; `RemoteProtocolError` if the peer's
+    handshake makes no sense; `ConfigError`; `Busy` beyond the memory budget. Cancelled, nothing is left behind.
     """
     return Opening(lambda: _connect(host, port, config or ChannelConfig(), require, timeout_s))
 
@@ -72,6 +80,7 @@ def connect(
 async def _connect(
     host: str, port: int, config: ChannelConfig, require: LaneKind | None, timeout_s: float
 ) -> Channel:
+    _check_port(port)
     if require not in (None, "tcp", "verbs"):
         raise ConfigError(f"require must be None, 'tcp' or 'verbs', not {require!r}")
     if require == "verbs":
@@ -122,38 +131,53 @@ def listen(
     return Opening(lambda: _listen(host, port, config or ChannelConfig(), insecure))
 
 
+def _check_port(port: int) -> None:
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
+        raise ConfigError(f"port must be a number from 0 to 65535, not {port}")
+
+
 async def _listen(host: str, port: int, config: ChannelConfig, insecure: bool) -> Listener:
-    if not _is_loopback(host):
-        if not insecure:
-            raise ConfigError(
-                f"{host!r} is not a loopback address, and nothing is encrypted or authenticated: bind to "
-                "127.0.0.1 behind a tunnel, or pass insecure=True on a network that you trust"
-            )
-        warnings.warn(
-            f"aiordma listens on {host!r} without encryption or authentication",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _check_port(port)
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = await loop.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         family, kind, proto, _, address = found[0]
+        if not _is_loopback(str(address[0])):
+            _warn_or_refuse(host, insecure)
         with contextlib.ExitStack() as undo:
             sock = undo.enter_context(socket.socket(family, kind, proto))
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tune_lane(sock, config)  # a setting that cannot work is better known now
             sock.bind(address)
             sock.listen(128)
             undo.pop_all()
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
         raise ConnectError(
-            f"cannot listen on {host}:{port} ({exc.strerror or exc}): choose another port, or 0 for any"
+            f"cannot listen on {host}:{port} ({reason}): choose an address of this machine, and a port that is "
+            "free and yours to use, or 0 for any"
         ) from exc
     return Listener(sock, config)
 
 
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+def _is_loopback(address: str) -> bool:
+    return address == "::1" or address.startswith("127.")
+
+
+def _warn_or_refuse(host: str, insecure: bool) -> None:
+    if not insecure:
+        raise ConfigError(
+            f"{host!r} is not a loopback address, and nothing is encrypted or authenticated: bind to "
+            "127.0.0.1 behind a tunnel, or pass insecure=True on a network that you trust"
+        )
+    warnings.warn(
+        f"aiordma listens on {host!r} without encryption or authentication",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def serve(

@@ -68,7 +68,7 @@ class ConfigError(LocalError, ValueError):
 
 
 class MessageError(LocalError, ValueError):
-    """A message that cannot be encoded, or is too large for the peer."""
+    """A message that cannot be encoded, is too large for the peer, or is not of the type asked for."""
 
 
 class TensorError(LocalError, ValueError):
@@ -97,6 +97,12 @@ class PeerTimeout(ChannelBroken, TimeoutError):
 
 class RemoteProtocolError(ChannelBroken):
     """The peer broke the protocol; the bytes that follow cannot be trusted."""
+
+    def __str__(self) -> str:
+        return (
+            f"{super().__str__()} (the peer's aiordma is broken, or the bytes were altered on the way: install "
+            "the same version on both ends, and connect again)"
+        )
 
 
 class ConnectError(ChannelError):

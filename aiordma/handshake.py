@@ -15,9 +15,8 @@ from typing import Final
 
 import msgspec
 
-from aiordma.config import ChannelConfig
+from aiordma.config import MAX_LANES, ChannelConfig
 from aiordma.errors import (
-    ChannelBroken,
     ConfigError,
     ConnectError,
     ForeignPeer,
@@ -31,6 +30,11 @@ from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Limits, Refusal
 KEEPALIVE_IDLE_S: Final = 60
 KEEPALIVE_INTERVAL_S: Final = 15
 KEEPALIVE_PROBES: Final = 4
+_MAX_REASON_CHARS: Final = 1000
+_HUNG_UP: Final = (
+    "the peer hung up without a word: something else than aiordma listens there, or a server that is shutting "
+    "down or overloaded; check host and port, and connect again"
+)
 
 
 class Parts(msgspec.Struct, eq=False):
@@ -84,8 +88,11 @@ async def dial(host: str, port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as exc:
-        raise ConnectError(f"cannot resolve {host!r}: {exc.strerror or exc}") from exc
+    except (OSError, UnicodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConnectError(
+            f"cannot resolve {host!r} ({reason}): check the name, and this machine's DNS"
+        ) from exc
     failure: OSError | None = None
     for family, kind, proto, _, address in found:
         with contextlib.ExitStack() as undo:
@@ -98,9 +105,10 @@ async def dial(host: str, port: int) -> socket.socket:
                 continue
             undo.pop_all()
             return sock
-    reason = failure.strerror if failure is not None else "no address"
+    # asyncio puts words of its own where the system's reason would be.
+    cause = os.strerror(failure.errno) if failure and failure.errno else failure or "no address"
     raise ConnectError(
-        f"cannot connect to {host}:{port} ({reason}): is the server running, and is the port right?"
+        f"cannot connect to {host}:{port} ({cause}): is the server running, and is the port right?"
     ) from failure
 
 
@@ -129,15 +137,28 @@ def tune_lane(sock: socket.socket, config: ChannelConfig) -> None:
 
 async def say(sock: socket.socket, kind: bytes, body: Body) -> None:
     """Send one handshake message."""
-    with _mapped("during the handshake"):
+    with _mapped():
         await asyncio.get_running_loop().sock_sendall(sock, hello.encode(kind, body))
+
+
+async def refuse(sock: socket.socket, reason: str) -> None:
+    """Say no, and why; returns when the peer has hung up.
+
+    Closing at once, with bytes of the peer's unread, would reset the connection, and the reason might be lost
+    with it (RFC 9293, 3.10.4).
+    """
+    await say(sock, hello.CONTROL, Refusal(reason[:_MAX_REASON_CHARS]))
+    with _mapped():
+        sock.shutdown(socket.SHUT_WR)
+        while await asyncio.get_running_loop().sock_recv(sock, 4096):
+            pass
 
 
 async def hear(sock: socket.socket) -> tuple[bytes, Body]:
     """Receive one handshake message: its kind and body.
 
-    Raises `ForeignPeer` as soon as the first bytes are not ours, `VersionMismatch`, `RemoteProtocolError`, or
-    `ChannelBroken` if the peer hangs up.
+    Raises `ForeignPeer` as soon as the first bytes are not ours or if there are none, `VersionMismatch`,
+    `RemoteProtocolError`, or `ConnectError` if the peer hangs up later.
     """
     preface = await _read(sock, hello.PREFACE_BYTES, is_preface=True)
     kind, length = hello.decode_preface(preface)
@@ -147,17 +168,15 @@ async def hear(sock: socket.socket) -> tuple[bytes, Body]:
 async def _read(sock: socket.socket, n: int, *, is_preface: bool = False) -> bytes:
     loop = asyncio.get_running_loop()
     data = b""
-    with _mapped("during the handshake"):
+    with _mapped():
         while len(data) < n:
             piece = await loop.sock_recv(sock, n - len(data))
             if not piece:
                 if is_preface and not data:
-                    raise ForeignPeer(
-                        "the peer hung up without a word: something else than aiordma listens there, or a "
-                        "server that is shutting down or overloaded"
-                    )
-                raise ChannelBroken(
-                    f"the peer hung up during the handshake, after {len(data)} bytes"
+                    raise ForeignPeer(_HUNG_UP)
+                raise ConnectError(
+                    f"the peer hung up during the handshake, {len(data)} bytes into a message of {n}: see its "
+                    "log, and connect again"
                 )
             data += piece
             if is_preface:
@@ -166,13 +185,17 @@ async def _read(sock: socket.socket, n: int, *, is_preface: bool = False) -> byt
 
 
 @contextlib.contextmanager
-def _mapped(when: str) -> Iterator[None]:
+def _mapped() -> Iterator[None]:
     try:
         yield
+    except TimeoutError:
+        raise
+    except (BrokenPipeError, ConnectionResetError) as exc:  # it closed without reading what we said
+        raise ForeignPeer(_HUNG_UP) from exc
     except OSError as exc:
-        if isinstance(exc, TimeoutError):
-            raise
-        raise ChannelBroken(f"the connection broke {when}: {exc.strerror or exc}") from exc
+        raise ConnectError(
+            f"the connection broke during the handshake ({exc.strerror or exc}): connect again"
+        ) from exc
 
 
 # The connecting end
@@ -185,8 +208,12 @@ async def request(parts: Parts, config: ChannelConfig) -> Answer:
     _, answer = await hear(parts.control)
     if isinstance(answer, Refusal):
         raise ConnectError(f"the server refused the channel: {answer.reason}")
-    if not isinstance(answer, Answer) or not 1 <= answer.lanes <= len(parts.rings):
-        raise RemoteProtocolError(f"the server answered HELLO with {answer!r}")
+    if not isinstance(answer, Answer):
+        raise RemoteProtocolError(f"the server answered HELLO with {type(answer).__name__}")
+    if not 1 <= answer.lanes <= len(parts.rings):
+        raise RemoteProtocolError(
+            f"the server grants {answer.lanes} lanes; {len(parts.rings)} were asked for"
+        )
     hello.check_limits(answer.limits)
     parts.peer_limits = answer.limits
     while len(parts.rings) > answer.lanes:
@@ -204,7 +231,10 @@ async def open_lane(sock: socket.socket, answer: Answer, lane: int, config: Chan
         raise LaneRefused(f"the server refused lane {lane}: {reply.reason}")
     expected = hello.lane_proof(answer.key, answer.session, lane, "server")
     if not isinstance(reply, LaneProof) or not hmac.compare_digest(reply.proof, expected):
-        raise LaneRefused(f"the server did not prove that lane {lane} is its own")
+        raise LaneRefused(
+            f"the server did not prove that lane {lane} is its own: another server may have taken its port, or "
+            "somebody stands between; connect again"
+        )
 
 
 # The listening end
@@ -224,10 +254,10 @@ class Pending(msgspec.Struct, eq=False):
         """Take a lane in that proves itself; raises `LaneRefused` otherwise, and the session is none the worse."""
         expected = hello.lane_proof(self.answer.key, self.answer.session, proof.lane, "client")
         if not hmac.compare_digest(proof.proof, expected):
-            raise LaneRefused(f"the proof for lane {proof.lane} is wrong")
+            raise LaneRefused(f"the proof for lane {proof.lane} is wrong: connect again")
         if proof.lane >= self.answer.lanes or proof.lane in self.joined:
             raise LaneRefused(
-                f"the proof for lane {proof.lane} was used before, or there is no such lane"
+                f"the proof for lane {proof.lane} was used before, or there is no such lane: connect again"
             )
         self.joined[proof.lane] = sock
         tune_lane(sock, config)
@@ -242,7 +272,7 @@ class Pending(msgspec.Struct, eq=False):
 async def grant(sock: socket.socket, greeting: Hello, config: ChannelConfig) -> Pending:
     """Answer a HELLO: so many lanes, each with a ring that is reserved now."""
     hello.check_limits(greeting.limits)
-    if "tcp" not in greeting.lane_kinds or greeting.lanes < 1:
+    if "tcp" not in greeting.lane_kinds or not 1 <= greeting.lanes <= MAX_LANES:
         raise RemoteProtocolError(
             f"a HELLO that wants {greeting.lanes} lanes of {greeting.lane_kinds}"
         )

@@ -45,7 +45,9 @@ class Link:
         self.counters = Counters()
         self.ports: list[Port] = []
         self.error: ChannelBroken | ChannelClosed | None = None
-        self.transfers: Fifo[Transfer] = Fifo(undo=_let_go, on_waiting=self._claim_ahead)
+        self.transfers: Fifo[Transfer] = Fifo(
+            undo=lambda t: t.reception.let_go(), on_waiting=self._claim_ahead, order=lambda t: t.id
+        )
         self.messages: Fifo[bytes] = Fifo()
         self.opens = Gate(session.opens_out)
         self.outbox = Gate(session.messages_out)
@@ -234,7 +236,8 @@ class Link:
 
     def control_lost(self, exc: Exception | None) -> None:
         broken = ChannelBroken(
-            "the peer ended the connection without a goodbye: it died, or was cut off"
+            "the peer ended the connection without a goodbye: it died, or was cut off; see its log, and "
+            "connect again"
         )
         broken.__cause__ = exc
         self.fail(broken)
@@ -270,7 +273,8 @@ class Link:
     def _opened(self, incoming: Incoming) -> None:
         reception = self.receptions[incoming.id] = Reception(incoming, self, self._pulse.now())
         self.transfers.put(Transfer(reception))
-        self._claim_ahead(self.transfers.waiting)
+        if reception.is_offered and incoming.is_claimed:
+            self.unclaim(reception)  # claimed in advance, but whoever waited does not want this one
         for header, chunk in self._early.take(incoming.id):
             self.came(header, chunk, self.admit(header))
 
@@ -278,7 +282,7 @@ class Link:
         for _, chunk in self._early.take(transfer):
             self.counters.discarded_chunks += 1
             chunk.release()
-        self._claim_ahead(self.transfers.waiting)
+        self._claim_ahead(self.transfers.accepting)
 
     def _acknowledged(self, transfer: int) -> None:
         send = self.sends.get(transfer)
@@ -319,7 +323,7 @@ class Link:
             if now - send.moved_at > idle_s and self.session.sender.is_claimed(send.id):
                 timeout = TransferTimeout(
                     f"transfer {send.id} made no progress for {idle_s:g} s: the peer claimed it, and "
-                    "takes no chunks"
+                    "takes no chunks; see what it waits for, or raise idle_timeout_s"
                 )
                 self.stop_sending(send, timeout, str(timeout))
                 send.fail(timeout)
@@ -327,7 +331,8 @@ class Link:
             if reception.is_waiting and now - reception.moved_at > idle_s:
                 timeout = TransferTimeout(
                     f"transfer {reception.incoming.id} made no progress for {idle_s:g} s: no chunk came, "
-                    f"and {reception.lent} that came were not released"
+                    f"and {reception.lent} that came were not released; see what the peer waits for, or "
+                    "raise idle_timeout_s"
                 )
                 reception.give_up(timeout, str(timeout))
         overdue = self._early.overdue(now - idle_s)
@@ -343,7 +348,9 @@ class Link:
         if isinstance(exc, RemoteProtocolError):
             self.fail(exc)
             return
-        broken = ChannelBroken(f"lane {port.index} ({port.lane.kind}) is lost: {exc or 'it ended'}")
+        broken = ChannelBroken(
+            f"lane {port.index} ({port.lane.kind}) is lost: {exc or 'it ended'}; connect again"
+        )
         broken.__cause__ = exc
         # A peer that closes ends its lanes and its control connection together; which we see first is chance.
         asyncio.get_running_loop().call_later(_GRACE_S, self.fail, broken)
@@ -391,9 +398,3 @@ class Link:
             self._control.abort()
             for port in self.ports:
                 await port.lane.aclose()
-
-
-def _let_go(transfer: Transfer) -> bool:
-    """Undo what a cancelled taker began; whether the transfer can be taken again."""
-    transfer.reception.let_go()
-    return transfer.reception.stage is Stage.OFFERED

@@ -21,15 +21,15 @@ from aiordma.errors import (
     LaneRefused,
     RemoteProtocolError,
 )
-from aiordma.handshake import Pending, grant, hear, say
+from aiordma.handshake import Pending, grant, hear, refuse, say
 from aiordma.queues import Fifo
 from aiordma.wire import hello
-from aiordma.wire.hello import Hello, LaneProof, Refusal
+from aiordma.wire.hello import Hello, LaneProof
 
 Handler = Callable[[Channel], Awaitable[None]]
 
 _MAX_GREETINGS: Final = 256
-"""Connections that may be in their handshake at once; more are closed unheard."""
+"""Connections that may be in their handshake at once; beyond, the oldest is closed."""
 _MAX_UNACCEPTED: Final = 64
 _ACCEPT_PAUSE_S: Final = 1.0
 """How long not to accept after the process ran out of file descriptors."""
@@ -43,7 +43,7 @@ class Listener:
         self._sock = sock
         self._config = config
         self._loop = asyncio.get_running_loop()
-        self._greetings: set[asyncio.Task[None]] = set()
+        self._greetings: dict[asyncio.Task[None], None] = {}  # the oldest first
         self._pending: dict[bytes, Pending] = {}
         self._channels: Fifo[Channel] = Fifo()
         self._is_closed = False
@@ -76,9 +76,10 @@ class Listener:
         self._is_closed = True
         self._loop.remove_reader(self._sock)
         self._channels.fail(ChannelClosed("the listener is closed"))
-        for task in self._greetings:
+        greetings = list(self._greetings)
+        for task in greetings:
             task.cancel()
-        await asyncio.gather(*self._greetings, return_exceptions=True)
+        await asyncio.gather(*greetings, return_exceptions=True)
         while len(self._channels):
             await (await self._channels.take()).aclose()
         await asyncio.sleep(0)  # uvloop takes a reader off later than it says
@@ -106,12 +107,14 @@ class Listener:
             self._loop.call_later(_ACCEPT_PAUSE_S, self._accept_again)
             return
         if len(self._greetings) >= _MAX_GREETINGS:
-            sock.close()
-            return
+            # A crowd of silent connections must not keep a good one out, and the oldest had its time.
+            oldest = next((task for task in self._greetings if not task.cancelling()), None)
+            if oldest is not None:
+                oldest.cancel()
         sock.setblocking(False)
         task = self._loop.create_task(self._greet(sock, f"{address[0]}:{address[1]}"))
-        self._greetings.add(task)
-        task.add_done_callback(self._greetings.discard)
+        self._greetings[task] = None
+        task.add_done_callback(self._greetings.pop)
 
     def _accept_again(self) -> None:
         if not self._is_closed:
@@ -126,7 +129,7 @@ class Listener:
         except AiordmaError as exc:
             with contextlib.suppress(AiordmaError, TimeoutError):
                 async with asyncio.timeout(self._config.close_timeout_s):
-                    await say(sock, hello.CONTROL, Refusal(str(exc)[:1000]))
+                    await refuse(sock, str(exc))
         except TimeoutError:
             pass  # silence is answered with silence
         finally:
@@ -139,7 +142,8 @@ class Listener:
             pending = self._pending.get(body.session)
             if pending is None:
                 raise LaneRefused(
-                    "no session waits for this lane: its token was used up, or never given"
+                    "no session waits for this lane: its token was used up, came too late, or was never "
+                    "given; connect again"
                 )
             await pending.join(sock, body, self._config)
             return True

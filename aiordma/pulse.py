@@ -106,7 +106,8 @@ class Pulse:
                 self._owner.fail(
                     PeerTimeout(
                         f"the peer said nothing for {now - self._heard_at:.1f} s while a transfer was open: "
-                        f"it hangs or is cut off (idle_timeout_s is {self._idle_s:g})"
+                        "it hangs or is cut off; look there, or raise idle_timeout_s "
+                        f"(now {self._idle_s:g})"
                     )
                 )
                 return

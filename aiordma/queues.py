@@ -32,11 +32,15 @@ class Fifo(Generic[T]):
         *,
         undo: Callable[[T], bool] = _keep,
         on_waiting: Callable[[int], None] = _ignore,
+        order: Callable[[T], int] | None = None,
     ) -> None:
         """`undo` takes back what a taker's `accept` did, and says whether the item is still whole;
-        `on_waiting` is told how many takers wait."""
-        self._items: deque[T] = deque()
-        self._takers: deque[tuple[asyncio.Future[T], Callable[[T], None]]] = deque()
+        `on_waiting` is told how many takers that bring an `accept` wait, whenever that may have changed;
+        `order` numbers the items, which rise as they are put."""
+        self._items: deque[tuple[int, T]] = deque()
+        self._takers: deque[tuple[asyncio.Future[tuple[int, T]], Callable[[T], None]]] = deque()
+        self._count = 0
+        self._order = order
         self._undo = undo
         self._on_waiting = on_waiting
         self._error: AiordmaError | None = None
@@ -49,19 +53,24 @@ class Fifo(Generic[T]):
         """How many takers wait."""
         return len(self._takers)
 
+    @property
+    def accepting(self) -> int:
+        """How many of them bring an `accept`: they want the next item, whatever it is."""
+        return sum(accept is not _ignore for _, accept in self._takers)
+
     def put(self, item: T) -> None:
         """Hand the item to the first taker that waits, else keep it."""
-        self._items.append(item)
+        self._count += 1
+        self._items.append((self._count if self._order is None else self._order(item), item))
         self._hand_over()
 
     def put_back(self, item: T) -> None:
-        """Make it the first item again."""
-        self._items.appendleft(item)
-        self._hand_over()
+        """Make it the first item again, behind those of a lower `order` that came back too."""
+        self._restore((0 if self._order is None else self._order(item), item))
 
     def discard(self, is_gone: Callable[[T], bool]) -> None:
         """Drop the items that nobody took and nobody should."""
-        self._items = deque(item for item in self._items if not is_gone(item))
+        self._items = deque(entry for entry in self._items if not is_gone(entry[1]))
 
     def fail(self, error: AiordmaError) -> None:
         """Nothing will be put any more: takers get the error once the items are gone."""
@@ -75,39 +84,50 @@ class Fifo(Generic[T]):
         """The next item. `accept` is called with it the moment that it is there; if it raises, so does
         this, and the item stays first. Cancelling loses no item."""
         if self._items and not self._takers:
-            item = self._items[0]
+            _, item = self._items[0]
             accept(item)
             self._items.popleft()
             return item
         if self._error is not None:
             raise again(self._error)
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[tuple[int, T]] = asyncio.get_running_loop().create_future()
         self._takers.append((future, accept))
-        self._on_waiting(len(self._takers))
+        self._on_waiting(self.accepting)
         try:
-            return await future
+            return (await future)[1]
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                if self._undo(future.result()):
-                    self.put_back(future.result())
+                if self._undo(future.result()[1]):
+                    self._restore(future.result())
             else:
                 self._takers = deque(t for t in self._takers if t[0] is not future)
-                self._on_waiting(len(self._takers))
+                self._on_waiting(self.accepting)
             raise
 
+    def _restore(self, entry: tuple[int, T]) -> None:
+        # Several takers may be cancelled with an item in hand, and give them back in any order.
+        at = 0
+        while at < len(self._items) and self._items[at][0] < entry[0]:
+            at += 1
+        self._items.insert(at, entry)
+        self._hand_over()
+
     def _hand_over(self) -> None:
+        if not (self._items and self._takers):
+            return
         while self._items and self._takers:
             future, accept = self._takers.popleft()
             if future.done():
                 continue
-            item = self._items[0]
+            entry = self._items[0]
             try:
-                accept(item)
+                accept(entry[1])
             except AiordmaError as exc:
                 future.set_exception(exc)
                 continue
             self._items.popleft()
-            future.set_result(item)
+            future.set_result(entry)
+        self._on_waiting(self.accepting)
 
 
 class Gate:
@@ -126,29 +146,32 @@ class Gate:
             self._window.spend(nbytes)
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((nbytes, future))
+        waiter = (nbytes, future)
+        self._waiting.append(waiter)
         try:
             await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._window.refund(nbytes)
-            else:
-                self._waiting = deque(w for w in self._waiting if w[1] is not future)
-            self.open()
             raise
+        finally:
+            # Only now: who was let in and does not run yet must not be overtaken by a newcomer.
+            self._waiting.remove(waiter)
+            self.open()
 
     def open(self) -> None:
         """The window may have grown: let in whom it fits."""
-        while self._waiting and self._window.fits(self._waiting[0][0]):
-            nbytes, future = self._waiting.popleft()
-            if not future.done():
-                self._window.spend(nbytes)
-                future.set_result(None)
+        for nbytes, future in self._waiting:
+            if future.done():
+                continue
+            if not self._window.fits(nbytes):
+                break
+            self._window.spend(nbytes)
+            future.set_result(None)
 
     def fail(self, error: AiordmaError) -> None:
         """Nobody gets in any more."""
         self._error = error
-        waiting, self._waiting = self._waiting, deque()
-        for _, future in waiting:
+        for _, future in self._waiting:
             if not future.done():
                 future.set_exception(again(error))

@@ -267,10 +267,11 @@ class Reception:
         else:
             self._finish()
 
-    def let_go(self) -> None:
-        """Undo `begin`, losing nothing, if no chunk is in the destination yet; else abort."""
+    def let_go(self) -> bool:
+        """Undo `begin`, losing nothing, if no chunk is in the destination yet; else abort. Whether it can be
+        received again."""
         if self.stage is not Stage.RECEIVING:
-            return
+            return self.is_offered
         self._destination = None
         self._owner.recall(self)
         if self._placed_bytes:
@@ -278,6 +279,7 @@ class Reception:
         else:
             self.stage = Stage.OFFERED
             self._owner.unclaim(self)
+        return self.is_offered
 
     def give_up(self, error: AiordmaError | None, reason: str) -> None:
         """Abort, and tell the sender why."""

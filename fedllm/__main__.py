@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from datetime import datetime
 from functools import partial
@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aiordma import AiordmaError
-from fedllm.demo.conduct import RATES_GIVEN, DemoOptions, demo
-from fedllm.demo.events import Report, json_lines
+from fedllm.demo.events import Report, Said, json_lines
 from fedllm.demo.leash import hold_leash
-from fedllm.demo.screen import Screen, open_console
 from fedllm.demo.text import BUILTIN
-from fedllm.errors import FedError
+from fedllm.errors import FedError, SettingError
 
 DESCRIPTION = """\
 Several machines ("silos") train one language model together, and no text leaves any of them:
@@ -82,6 +80,7 @@ examples:
   python -m fedllm demo --silos mail=./mail docstrings sources"""
 
 
+EXTRA = ("torch", "transformers", "peft", "safetensors", "tokenizers", "rich")
 MENDABLE = (AiordmaError, FedError, OSError)
 Options = TypeVar("Options")
 
@@ -94,7 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(namespace.run(namespace))
     except KeyboardInterrupt:
+        sys.stderr.write("fedllm: interrupted\n")
         return 130
+    except ModuleNotFoundError as exc:
+        if exc.name not in EXTRA:
+            raise
+        sys.stderr.write(f"fedllm: {exc.name} is not installed: pip install 'aiordma[fedllm]'\n")
+        return 1
     except (*MENDABLE, ExceptionGroup) as exc:
         mendable, foreign = ExceptionGroup("", [exc]).split(MENDABLE)
         if foreign is not None:
@@ -247,27 +252,34 @@ def _program_arguments(parser: Any) -> None:
 
 
 def _serve(namespace: argparse.Namespace) -> int:
-    from fedllm.demo.serving import ServeOptions, serve
-
     with _reporting(namespace, "server") as report:
+        from fedllm.demo.conduct import RATES_GIVEN
+        from fedllm.demo.serving import ServeOptions, serve
+
         lr = namespace.lr or RATES_GIVEN[namespace.mode]
         serve(_options(ServeOptions, namespace, lr=lr), report)
     return 0
 
 
 def _join(namespace: argparse.Namespace) -> int:
-    from fedllm.demo.joining import JoinOptions, take_part
-
-    host, port = namespace.server
     with _reporting(namespace, namespace.name) as report:
+        from fedllm.demo.joining import JoinOptions, take_part
+
+        host, port = namespace.server
         take_part(_options(JoinOptions, namespace, host=host, port=port), report)
     return 0
 
 
 def _demo(namespace: argparse.Namespace) -> int:
+    from fedllm.demo.conduct import DemoOptions, demo
+    from fedllm.demo.screen import Screen, open_console
+
     out = namespace.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    options = _options(DemoOptions, namespace, out=out, silos=dict(namespace.silos))
-    # Children may look a model up by name once; nothing else of the demo needs a network.
+    silos = dict(namespace.silos)
+    if not 2 <= len(silos) == len(namespace.silos):
+        raise SettingError("a federation takes two silos or more, each with a name of its own")
+    options = _options(DemoOptions, namespace, out=out, silos=silos)
+    # Children may look a model up by name; nothing else of the demo needs a network.
     is_local = namespace.model is None or Path(namespace.model).exists()
     environment = {**os.environ, **({"HF_HUB_OFFLINE": "1"} if is_local else {})}
     command = (sys.executable, "-m", "fedllm")
@@ -276,29 +288,30 @@ def _demo(namespace: argparse.Namespace) -> int:
 
 
 def _prepare(namespace: argparse.Namespace) -> int:
-    from fedllm.demo.model import BaseSize
-    from fedllm.demo.stages import PrepareOptions, prepare
-
-    size = BaseSize(width=namespace.width, layers=namespace.layers, steps=namespace.pretrain_steps)
-    options = _options(PrepareOptions, namespace, silos=dict(namespace.silos), size=size)
     with _reporting(namespace, "prepare") as report:
-        prepare(options, report)
+        from fedllm.demo.model import BaseSize
+        from fedllm.demo.stages import PrepareOptions, prepare
+
+        steps = namespace.pretrain_steps
+        size = BaseSize(width=namespace.width, layers=namespace.layers, steps=steps)
+        silos = dict(namespace.silos)
+        prepare(_options(PrepareOptions, namespace, silos=silos, size=size), report)
     return 0
 
 
 def _alone(namespace: argparse.Namespace) -> int:
-    from fedllm.demo.stages import AloneOptions, train_alone
-
     with _reporting(namespace, namespace.name) as report:
+        from fedllm.demo.stages import AloneOptions, train_alone
+
         train_alone(_options(AloneOptions, namespace), report)
     return 0
 
 
 def _judge(namespace: argparse.Namespace) -> int:
-    from fedllm.demo.stages import JudgeOptions, judge_all
-
-    models, texts = dict(namespace.models), dict(namespace.texts)
     with _reporting(namespace, "judge") as report:
+        from fedllm.demo.stages import JudgeOptions, judge_all
+
+        models, texts = dict(namespace.models), dict(namespace.texts)
         judge_all(_options(JudgeOptions, namespace, models=models, texts=texts), report)
     return 0
 
@@ -311,11 +324,15 @@ def _options(kind: type[Options], namespace: argparse.Namespace, **given: Any) -
 
 @contextmanager
 def _reporting(namespace: argparse.Namespace, name: str) -> Iterator[Report]:
-    if namespace.json:
-        yield json_lines(sys.stdout)
-        return
-    with Screen(open_console()) as screen:
-        yield partial(screen.show, name)
+    with ExitStack() as stack:
+        if namespace.json:
+            report = json_lines(sys.stdout)
+        else:
+            from fedllm.demo.screen import Screen, open_console
+
+            report = partial(stack.enter_context(Screen(open_console())).show, name)
+        report(Said("loading torch"))
+        yield report
 
 
 def _leaves(group: ExceptionGroup[Exception] | None) -> Iterator[Exception]:

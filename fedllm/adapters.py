@@ -57,8 +57,8 @@ def load_lora(
 ) -> None:
     """Copy arrays, named and shaped as `lora_arrays` returns them, into `adapter`.
 
-    `AdapterError` names what is missing, unknown or of another shape (peft alone would skip it
-    without a word); the model is then as it was.
+    `AdapterError` names what is missing, unknown or of another shape (peft alone passes over the
+    first two without a word); the model is then as it was.
 
     Source: `peft.set_peft_model_state_dict`.
     """

@@ -1,14 +1,14 @@
-"""Weights and what belongs to them on disk: one safetensors and one JSON file a checkpoint.
+"""Weights and what belongs to them on disk: one JSON file a checkpoint, which names one safetensors file.
 
-A crash at any moment leaves the earlier checkpoints whole, and either all or nothing of the new one.
+A crash at any moment leaves either the old checkpoint of a name or the new one, and both whole.
 """
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,21 @@ class CheckpointError(FedError):
 
 
 def save_checkpoint(folder: Path, name: str, weights: Arrays, state: Mapping[str, Any]) -> Path:
-    """Write ``name.safetensors``, then ``name.json`` with `state`; the JSON's path.
+    """Write the weights to ``name.*.safetensors``, then `state` to ``name.json``, the path of which it returns.
 
-    Both are written aside, flushed to the disk (fsync(2)) and renamed (rename(2) is atomic). The JSON comes last:
-    where it is, the checkpoint is complete. Blocks: call it in a thread. Raises `CheckpointError`.
+    Each file is written aside, flushed (fsync(2)) and renamed; rename(2) is atomic, and that of the JSON is what
+    makes the checkpoint: weights that no JSON names are of no account, and removed by the next one. One writer at
+    a time. Blocks: call it in a thread. Raises `CheckpointError`.
     """
+    file = f"{name}.{secrets.token_hex(4)}.safetensors"
     try:
+        text = json.dumps({"weights": file, "state": dict(state)}, indent=2) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / f"{name}.safetensors", lambda path: save_file(dict(weights), path))
-        text = json.dumps(dict(state), indent=2) + "\n"
+        _replace(folder / file, lambda path: save_file(dict(weights), path))
         _replace(folder / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+        for old in folder.glob(f"{glob.escape(name)}.????????.safetensors"):
+            if old.name != file:
+                old.unlink()
     except (OSError, SafetensorError, TypeError, ValueError) as exc:
         raise CheckpointError(f"checkpoint {name!r} cannot be written to {folder}: {exc}") from exc
     return folder / f"{name}.json"
@@ -46,30 +51,28 @@ def save_checkpoint(folder: Path, name: str, weights: Arrays, state: Mapping[str
 def load_checkpoint(folder: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """The weights and the state that `save_checkpoint` wrote. Raises `CheckpointError`."""
     try:
-        state = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / f"{name}.safetensors")
-    except (OSError, SafetensorError, ValueError) as exc:
+        written = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / Path(written["weights"]).name)
+        return weights, written["state"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as exc:
         raise CheckpointError(f"checkpoint {name!r} in {folder} cannot be read: {exc}") from exc
-    return weights, state
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        write(Path(aside))
-        os.fsync(handle)
-        os.replace(aside, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
-        raise
+        write(aside)
+        _sync(
+            aside, os.O_RDONLY
+        )  # opened anew: save_file puts another file in the place of one that is there
+        aside.replace(path)
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     finally:
-        os.close(handle)
+        aside.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

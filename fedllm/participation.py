@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-import msgspec
-
 from aiordma import (
     AiordmaError,
     Busy,
@@ -19,6 +17,7 @@ from aiordma import (
     ChannelClosed,
     ChannelError,
     ChecksumError,
+    MessageError,
     Outgoing,
     Transfer,
     TransferAborted,
@@ -110,6 +109,7 @@ class _Record:
     seconds: float = 0.0
 
     def outcome(self, status: Status, error: Exception | None, *, is_busy: bool) -> Outcome:
+        """What it amounts to, now that the exchange is over."""
         report = self.report
         return Outcome(
             status=status,
@@ -151,9 +151,9 @@ async def exchange(channel: Channel, outgoing: Outgoing, contribution: Participa
         status, error = Status.REFUSED, exc
     except RoundAbandoned as exc:
         status, error = Status.ABANDONED, exc
-    except (AiordmaError, msgspec.DecodeError) as exc:
+    except AiordmaError as exc:
         status, error = Status.FAILED, exc
-    is_busy = record.report is None and not isinstance(error, UpdateError | msgspec.DecodeError)
+    is_busy = record.report is None and not isinstance(error, UpdateError | MessageError)
     if isinstance(error, ChannelError):
         return record.outcome(status, error, is_busy=False)
     unheard = await tell(channel, Commit(task.ticket, error is None, str(error or "")))

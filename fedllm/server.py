@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
 
-import msgspec
 from numpy.typing import NDArray
 
 import aiordma
@@ -19,6 +18,7 @@ from aiordma import (
     Channel,
     ChannelConfig,
     ChannelError,
+    MessageError,
     Outgoing,
     TransferTimeout,
     prepare,
@@ -103,7 +103,7 @@ class Server:
         ("weights", "tokenizer", "adapter"); a silo with any other is refused. `strategy`: `FedAvg()` if None.
         `on_round` is called (and awaited, if it returns an awaitable) after each round that succeeded;
         `on_silo` with a silo's name, or the address of one that has none, and what became of it: "joined",
-        "refused: ...", "gone: ...". What they raise ends the run, or that silo's membership.
+        "refused: ...", "caught up" (it was late), "gone: ...". What they raise ends the run, or that silo's membership.
 
         Raises `SettingError`; `WeightsError` for weights that cannot be averaged.
         """
@@ -291,7 +291,8 @@ class Server:
                     await channel.recv(FROM_SILO)
                     member.is_busy = False
                     self._changed.set()
-        except (AiordmaError, msgspec.DecodeError) as exc:
+                    self._report(member.name, "caught up")
+        except AiordmaError as exc:
             self._drop(member, str(exc))
 
     async def _admit(self, channel: Channel) -> _Member | None:
@@ -305,7 +306,7 @@ class Server:
                 objection = f"the name {name!r} is in use by a silo that is there"
         except TimeoutError:
             objection = f"it did not say who it is within {self._plan.join_timeout_s:g} s"
-        except msgspec.DecodeError as exc:
+        except MessageError as exc:
             objection = f"this is no valid request to join: {exc}"
         except ChannelError as exc:
             self._report(name, f"refused: {exc}")

@@ -8,13 +8,13 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import msgspec
 from numpy.typing import NDArray
 
 from aiordma import (
     Channel,
     ChannelConfig,
     ChannelError,
+    MessageError,
     Outgoing,
     TransferError,
     connect,
@@ -294,5 +294,5 @@ def _server_lost() -> Iterator[None]:
         yield
     except ChannelError as exc:
         raise ServerLost(f"the connection to the server is gone: {exc}") from exc
-    except msgspec.DecodeError as exc:
+    except MessageError as exc:
         raise ServerLost(f"the server speaks another protocol: {exc}") from exc

@@ -38,7 +38,9 @@ def bitmap_of(slots: set[int]) -> int:
 
 frames = st.one_of(
     st.tuples(chunks, words).map(lambda pair: (encode_chunk(*pair), pair[1])),
-    st.tuples(slot_sets, words).map(lambda pair: (encode_credit(bitmap_of(pair[0]), pair[1]), pair[1])),
+    st.tuples(slot_sets, words).map(
+        lambda pair: (encode_credit(bitmap_of(pair[0]), pair[1]), pair[1])
+    ),
 )
 
 
@@ -136,7 +138,9 @@ def test_another_sequence_number_is_an_error(frame: Any, due: Any) -> None:
     encoded, sequence = frame
     if due == sequence:
         due ^= 1
-    with pytest.raises(RemoteProtocolError, match=f"lane frame {due} was due, frame {sequence} came"):
+    with pytest.raises(
+        RemoteProtocolError, match=f"lane frame {due} was due, frame {sequence} came"
+    ):
         decode(encoded, due)
 
 

@@ -19,7 +19,9 @@ counts = st.integers(0, (1 << 62) - 1)
 limits = st.builds(Limits, *[counts] * 6)
 bodies = st.one_of(
     st.builds(Hello, limits, counts, st.lists(st.text(max_size=9), max_size=3).map(tuple)),
-    st.builds(Answer, limits, counts, st.text(max_size=9), st.binary(max_size=40), st.binary(max_size=40)),
+    st.builds(
+        Answer, limits, counts, st.text(max_size=9), st.binary(max_size=40), st.binary(max_size=40)
+    ),
     st.builds(LaneProof, st.binary(max_size=40), st.integers(0, 0xFFFF), st.binary(max_size=40)),
     st.builds(Refusal, st.text(max_size=80)),
 )
@@ -67,7 +69,9 @@ def test_something_else_is_known_by_its_first_bytes(data: bytes) -> None:
 
 @given(st.integers(0, 0xFFFF).filter(lambda version: version != hello.WIRE_VERSION))
 def test_another_version_is_named(version: Any) -> None:
-    with pytest.raises(VersionMismatch, match=f"the peer speaks wire version {version}, this end 1"):
+    with pytest.raises(
+        VersionMismatch, match=f"the peer speaks wire version {version}, this end 1"
+    ):
         hello.decode_preface(PREFACE[:8] + version.to_bytes(2, "little") + PREFACE[10:])
 
 
@@ -88,7 +92,9 @@ def test_the_largest_body_is_4096_bytes() -> None:
     assert hello.decode_preface(PREFACE[:12] + struct.pack("<I", 4096)) == (b"C", 4096)
 
 
-@given(st.binary(min_size=16, max_size=16) | st.binary(max_size=9, min_size=9).map(PREFACE[:7].__add__))
+@given(
+    st.binary(min_size=16, max_size=16) | st.binary(max_size=9, min_size=9).map(PREFACE[:7].__add__)
+)
 def test_random_prefaces_are_one_or_an_error(data: Any) -> None:
     try:
         kind, length = hello.decode_preface(data)
@@ -119,9 +125,12 @@ def test_a_body_that_cannot_be(data: bytes) -> None:
         hello.decode_body(data)
 
 
-@given(st.binary(max_size=60) | st.tuples(bodies, st.integers(0, 99), st.binary(max_size=3)).map(
-    lambda row: _patched(hello.encode(b"C", row[0])[16:], row[1], row[2])
-))
+@given(
+    st.binary(max_size=60)
+    | st.tuples(bodies, st.integers(0, 99), st.binary(max_size=3)).map(
+        lambda row: _patched(hello.encode(b"C", row[0])[16:], row[1], row[2])
+    )
+)
 def test_random_bodies_are_one_or_an_error(data: Any) -> None:
     try:
         body = hello.decode_body(data)
@@ -176,9 +185,10 @@ def test_slots_are_multiples_of_64_bytes() -> None:
 
 @given(limits)
 def test_any_limits_are_sane_or_an_error(offered: Any) -> None:
-    inside = all(
-        low <= getattr(offered, name) <= high for name, (low, high) in BORDERS.items()
-    ) and not offered.slot_bytes % 64
+    inside = (
+        all(low <= getattr(offered, name) <= high for name, (low, high) in BORDERS.items())
+        and not offered.slot_bytes % 64
+    )
     if inside:
         hello.check_limits(offered)
     else:

@@ -3,9 +3,11 @@
 import asyncio
 import itertools
 import math
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from fedllm import (
     Staged,
     Status,
     Task,
+    UpdateError,
     exchange,
     run_round,
 )
@@ -67,7 +70,11 @@ def silo_on(channel: Channel) -> Silo:
 
 
 def takes_part(
-    sends: Update, *, weight: float = 1.0, turn: asyncio.Event | None = None, silo: Silo | None = None
+    sends: Update,
+    *,
+    weight: float = 1.0,
+    turn: asyncio.Event | None = None,
+    silo: Silo | None = None,
 ) -> Callable[[Channel], Awaitable[Report]]:
     """A silo that does what it should, in one round; its training ends when its turn comes."""
 
@@ -86,6 +93,12 @@ def takes_part(
     return behave
 
 
+def of_the_round() -> list[str]:
+    """The tasks that run_round made and that live."""
+    names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    return [name for name in names if name in ("exchange", "_Round._dismiss")]
+
+
 async def play(
     behaviours: Mapping[str, Behaviour],
     *,
@@ -94,7 +107,9 @@ async def play(
 ) -> tuple[RoundResult, dict[str, Any]]:
     """One round with silos that behave so; what the round came to, and what each silo saw."""
     async with AsyncExitStack() as stack:
-        servers, silos = ends or await stack.enter_async_context(pairs(*behaviours))
+        if ends is None:
+            ends = await stack.enter_async_context(pairs(*behaviours))
+        servers, silos = ends
         acts = {
             name: asyncio.ensure_future(behaviour(silos[name]))
             for name, behaviour in behaviours.items()
@@ -103,6 +118,7 @@ async def play(
         try:
             result = await run_round({n: servers[n] for n in behaviours}, WEIGHTS, **options)
         finally:
+            assert of_the_round() == []
             async with asyncio.timeout(5):
                 seen = await asyncio.gather(*acts.values(), return_exceptions=True)
     for one in seen:
@@ -199,10 +215,9 @@ async def test_a_bad_update_is_refused_and_leaves_no_trace(sends: Update, weight
         assert bits(result.weights) == TWO
         outcome = result.outcomes["c"]
         assert outcome.status is Status.REFUSED
-        with pytest.raises(FedError, match=says):
-            raise outcome.error or AssertionError
-        assert outcome.error.__traceback__ is not None  # that of this test alone
-        assert outcome.error.__traceback__.tb_next is None
+        assert isinstance(outcome.error, UpdateError)
+        assert re.search(says, outcome.reason)
+        assert outcome.error.__traceback__ is None  # its frames would hold the whole update
         assert str(outcome.error) in outcome.reason
         assert (seen["c"].accepted, seen["c"].reason) == (False, str(outcome.error))
         again, _ = await play({**good, "c": takes_part(C)}, ends=ends, round=2)
@@ -236,7 +251,7 @@ async def begin_upload(channel: Channel, task: Task, attempt: int) -> asyncio.Ta
     """The update is on its way, and not there."""
     sent = channel.stats().sent_bytes
     sending = asyncio.ensure_future(channel.send_tensors(LARGE, meta=task.meta(attempt)))
-    while channel.stats().sent_bytes == sent:
+    while channel.stats().sent_bytes == sent:  # noqa: ASYNC110 - turns of the loop, no time
         await asyncio.sleep(0)
     assert not sending.done()
     return sending
@@ -297,7 +312,11 @@ FAULTS: dict[str, tuple[Behaviour, Status, str]] = {
     "dies before READY": (die_before_ready, Status.FAILED, "waiting for READY: .*closed"),
     "dies before its upload": (die_before_upload, Status.FAILED, "receiving the update: .*closed"),
     "declines": (decline, Status.REFUSED, "declined: its own gate said no"),
-    "talks nonsense": (talk_nonsense, Status.FAILED, "waiting for READY: Invalid value 'Gibberish'"),
+    "talks nonsense": (
+        talk_nonsense,
+        Status.FAILED,
+        "waiting for READY: Invalid value 'Gibberish'",
+    ),
     "aborts each upload": (break_every_upload_off, Status.FAILED, "receiving the update: .*cancel"),
 }
 
@@ -308,8 +327,7 @@ async def test_one_silos_fault_is_its_outcome_alone(fault: Behaviour, status: St
     result, seen = await play({**good, "c": fault}, min_silos=2)
     assert bits(result.weights) == TWO
     assert result.outcomes["c"].status is status
-    with pytest.raises(Exception, match=says):
-        raise Exception(result.outcomes["c"].reason)
+    assert re.search(says, result.outcomes["c"].reason)
     assert seen["a"].accepted
     assert seen["b"].accepted
     if seen["c"] is not None:
@@ -432,7 +450,10 @@ async def test_who_is_late_is_told_and_takes_part_in_the_next_round():
         assert (outcome.status, outcome.is_busy) == (Status.LATE, True)
         assert outcome.reason == "READY did not come within 0.3 s"
         # The next round begins before the silo is done with this one: its READY for it is stale by then.
-        behaviours = {"a": takes_part(A), "b": _late_then(slow, late, takes_part(B, weight=2.0, silo=silo))}
+        behaviours = {
+            "a": takes_part(A),
+            "b": _late_then(slow, late, takes_part(B, weight=2.0, silo=silo)),
+        }
         result, seen = await play(behaviours, ends=ends, round=2)
         assert bits(result.weights) == TWO
         assert seen["b"][0] == Report(accepted=False, reason=outcome.reason, bytes=0, seconds=0.0)
@@ -466,7 +487,7 @@ async def test_updates_of_other_tickets_are_refused_and_never_taken():
         await channel.send(Decline(task.ticket - 1, "another one"))
         await channel.send(Ready(task.ticket, 1.0, None, {}))
         await channel.recv(FROM_SERVER)
-        wrong = ({**task.meta(1), "ticket": 5}, task.meta(2), {}, None, "text")
+        wrong: tuple[object, ...] = ({**task.meta(1), "ticket": 5}, task.meta(2), {}, None, "text")
         for meta in wrong:
             with pytest.raises(aiordma.TransferRefused, match="another round, or another attempt"):
                 await channel.send_tensors(LARGE, meta=meta)
@@ -479,8 +500,6 @@ async def test_updates_of_other_tickets_are_refused_and_never_taken():
 
 
 async def test_too_few_silos_end_the_round_at_once_and_all_are_told():
-    never = asyncio.Event()
-
     async def train_for_ever(channel: Channel) -> Commit:
         task = await take_task(channel)
         commit: Commit = await channel.recv(FROM_SERVER)
@@ -493,10 +512,10 @@ async def test_too_few_silos_end_the_round_at_once_and_all_are_told():
         told[name] = await behaviour(channel)
 
     behaviours = {"a": takes_part(A), "b": die_before_ready, "c": train_for_ever}
-    with pytest.raises(QuorumNotReached, match=r"round 1: 2 of 3 silos are left, and 3 are") as info:
-        await play(
-            {n: (lambda ch, n=n, b=b: note(n, b, ch)) for n, b in behaviours.items()}, min_silos=3
-        )
+    with pytest.raises(
+        QuorumNotReached, match=r"round 1: 2 of 3 silos are left, and 3 are"
+    ) as info:
+        await play({n: partial(note, n, b) for n, b in behaviours.items()}, min_silos=3)
     statuses = {name: outcome.status for name, outcome in info.value.outcomes.items()}
     assert statuses == {"a": Status.ABANDONED, "b": Status.FAILED, "c": Status.ABANDONED}
     assert info.value.outcomes["c"].is_busy
@@ -504,7 +523,6 @@ async def test_too_few_silos_end_the_round_at_once_and_all_are_told():
     assert told["a"].reason == told["c"].reason == str(info.value)
     assert not told["a"].accepted
     assert not told["c"].accepted
-    assert not never.is_set()
 
 
 async def test_a_quorum_that_breaks_during_the_upload_changes_nothing():
@@ -512,13 +530,13 @@ async def test_a_quorum_that_breaks_during_the_upload_changes_nothing():
         await play({"a": takes_part(A), "c": takes_part(changed(w=NAN))}, min_silos=2)
     statuses = {name: outcome.status for name, outcome in info.value.outcomes.items()}
     assert statuses == {"a": Status.ABANDONED, "c": Status.REFUSED}
-    assert info.value.outcomes["a"].bytes == sum(array.nbytes for array in A.values())
 
 
 async def test_a_round_without_silos_has_no_quorum():
     with pytest.raises(QuorumNotReached, match="0 of 0 silos"):
         await run_round({}, WEIGHTS, round=1, strategy=FedAvg(), min_silos=1)
-    for options in ({"min_silos": 0}, {"min_silos": 1, "deadline_s": 0}):
+    wrong: tuple[dict[str, Any], ...] = ({"min_silos": 0}, {"min_silos": 1, "deadline_s": 0})
+    for options in wrong:
         with pytest.raises(SettingError):
             await run_round({}, WEIGHTS, round=1, strategy=FedAvg(), **options)
 
@@ -544,8 +562,19 @@ async def test_a_cancelled_round_leaves_usable_channels(
     monkeypatch.setattr(f"{__name__}.WEIGHTS", LARGE)
     async with pairs("a", "c") as ends:
         servers, silos = ends
-        silo = silo_on(silos["a"])
-        first = asyncio.ensure_future(takes_part(LARGE, silo=silo)(silos["a"]))
+        ones = {name: np.ones_like(array) for name, array in LARGE.items()}
+
+        async def go_on_until_accepted(channel: Channel) -> list[Report]:
+            reports: list[Report] = []
+            silo = silo_on(channel)
+            async for task in silo.rounds():
+                reports.append(await task.submit(ones, weight=1))
+                if reports[-1].accepted:
+                    break
+            await silo.aclose()
+            return reports
+
+        going_on = asyncio.ensure_future(go_on_until_accepted(silos["a"]))
         running = asyncio.ensure_future(
             run_round(servers, LARGE, round=1, strategy=FedAvg(), min_silos=2)
         )
@@ -553,24 +582,19 @@ async def test_a_cancelled_round_leaves_usable_channels(
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
+        assert of_the_round() == []
         if isinstance(reached, asyncio.Future):
-            print(silos["c"].stats(), servers["c"].stats(), reached)
-            with pytest.raises(aiordma.TransferAborted):
-                await reached
-        assert {task.get_name() for task in asyncio.all_tasks()}.isdisjoint({"exchange a", "exchange c"})
-        ones = {name: np.ones_like(array) for name, array in LARGE.items()}
-
-        async def after(channel: Channel) -> Report:
-            # Whether the silo has heard of the cancelled round or not, it ends up in this one.
-            if reach is not reach_nothing or not first.done():
-                await asyncio.wait({first}, timeout=0)
-            return await takes_part(ones, silo=silo)(channel)
-
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        behaviours = {"a": after, "c": takes_part(ones)}
-        result, _ = await play(behaviours, ends=ends, round=2, min_silos=2)
-        assert bits(result.weights) == bits(ones)
+            reached.cancel()
+            await asyncio.gather(reached, return_exceptions=True)
+        behaviours: dict[str, Behaviour] = {"a": lambda _: going_on, "c": takes_part(ones)}
+        result, seen = await play(behaviours, ends=ends, round=2, min_silos=2)
+    assert bits(result.weights) == bits(ones)
+    assert seen["c"].accepted
+    *unanswered, last = seen["a"]
+    assert last.accepted
+    assert {report.reason for report in unanswered} <= {"the server went on without this update"}
+    if reach is be_asked:
+        assert unanswered
 
 
 @dataclass
@@ -596,6 +620,38 @@ async def test_exchange_alone_serves_who_owns_the_loop():
         assert outcome.status is Status.COMMITTED
         assert (await act).accepted
         assert bits(staged.result()) == bits(B)
+
+
+async def test_exchange_aborts_the_contribution_of_an_upload_that_failed():
+    async with pairs("a") as (servers, silos):
+        act = asyncio.ensure_future(break_every_upload_off(silos["a"]))
+        staged = Staged(WEIGHTS)
+        task = Task(3, 1, {})
+        outcome = await exchange(servers["a"], aiordma.prepare(WEIGHTS), AtOnce(task, staged))
+        assert outcome.status is Status.FAILED
+        assert not (await act).accepted
+        staged.begin("only", 1.0)  # would be taken
+
+
+async def test_who_cannot_be_told_counts_for_no_quorum(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fedllm.participation.NOTICE_TIMEOUT_S", DEADLINE_S)
+
+    async def read_nothing(channel: Channel) -> None:
+        pass
+
+    async with pairs("a", "b", "deaf") as ends:
+        for _ in range(SMALL.messages - 1):
+            await ends[0]["deaf"].send("unheard")
+        good, bad = takes_part(A), takes_part(changed(w=NAN))
+        with pytest.raises(QuorumNotReached, match="1 of 3 silos are left") as info:
+            await play(
+                {"a": good, "b": bad, "deaf": read_nothing},
+                ends=ends,
+                min_silos=2,
+                deadline_s=DEADLINE_S,
+            )
+    assert info.value.outcomes["deaf"].status is Status.LATE
+    assert isinstance(info.value.outcomes["deaf"].error, TimeoutError)
 
 
 async def test_what_is_no_silos_failure_is_raised():

@@ -45,7 +45,7 @@ async def measure(plan: Plan, progress: Progress) -> Findings:
             progress(f"{nbytes:,} bytes, {lanes} lane(s): {plan.rounds} rounds")
             transfers += await _measure_transfers(plan, nbytes, contenders)
     progress(f"messages of {MESSAGE_BYTES} bytes: {plan.rounds} rounds")
-    return Findings(plan, _host(), transfers, await _measure_messages(plan), left_out)
+    return Findings(plan, _host(plan), transfers, await _measure_messages(plan), left_out)
 
 
 async def _open(
@@ -143,12 +143,12 @@ async def _measure_messages(plan: Plan) -> list[MessageRow]:
     ]
 
 
-def _host() -> dict[str, str]:
-    versions = {name: metadata.version(name) for name in ("aiordma", "numpy")}
+def _host(plan: Plan) -> dict[str, str]:
+    libraries = ("aiordma", "numpy", *(loop for loop in plan.loops if loop != "asyncio"))
     return {
         "cpus": str(os.cpu_count()),
         "kernel": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        **versions,
+        **{name: metadata.version(name) for name in libraries},
     }

@@ -195,6 +195,8 @@ class ControlStream:
                     raise RemoteProtocolError(
                         f"a control frame of {length} bytes, over the {self._max_body_bytes} agreed on"
                     )
+                if not kind and (sequence or length):
+                    raise RemoteProtocolError("an acknowledgement with a sequence number or a body")
                 end = start + _HEADER.size + length
                 if len(self._in) < end:
                     return

@@ -84,8 +84,11 @@ class SendWindow:
     granting one twice or late does no harm."""
 
     def __init__(self, count: int, nbytes: int) -> None:
+        self._window = (count, nbytes)
         self._count_limit = count
-        self._bytes_limit = self.capacity_bytes = nbytes
+        self._bytes_limit = nbytes
+        # The peer may keep less than a quarter of the window ungranted: more would not fit for sure.
+        self.capacity_bytes = nbytes - nbytes // 4
         self._count = 0
         self._bytes = 0
 
@@ -107,6 +110,13 @@ class SendWindow:
         """Take back a `spend` of something that was not sent after all."""
         self._count -= 1
         self._bytes -= nbytes
+
+    def may_grant(self, count_limit: int, bytes_limit: int) -> bool:
+        """Whether a peer may set these limits: one window more than what was sent, at most."""
+        return (
+            count_limit <= self._count + self._window[0]
+            and bytes_limit <= self._bytes + self._window[1]
+        )
 
     def grant(self, count_limit: int, bytes_limit: int) -> None:
         """Raise the limits; lower ones than before are old news."""

@@ -109,9 +109,13 @@ class Sender:
 
     def acknowledged(self, transfer: int) -> bool:
         """The peer has every chunk. False if the transfer is over already."""
+        if self.is_over(transfer):
+            return False
         sending = self._live.get(transfer)
         if sending is None:
-            return False
+            raise RemoteProtocolError(
+                f"the peer acknowledges transfer {transfer}, which was never opened"
+            )
         if not sending.is_sent:
             raise RemoteProtocolError(
                 f"the peer acknowledges transfer {transfer} at {sending.next_offset} of {sending.total_bytes} bytes"
@@ -119,9 +123,9 @@ class Sender:
         self.finish(transfer)
         return True
 
-    def is_live(self, transfer: int) -> bool:
-        """Whether the transfer is neither acknowledged nor given up."""
-        return transfer in self._live
+    def is_over(self, transfer: int) -> bool:
+        """Whether the transfer was opened, and is acknowledged or given up."""
+        return 0 < transfer <= self._last and transfer not in self._live
 
     def is_claimed(self, transfer: int) -> bool:
         """Whether the peer wants it, and has not acknowledged it yet."""

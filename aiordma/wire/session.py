@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from aiordma.errors import (
     AiordmaError,
     ChecksumError,
@@ -204,7 +206,7 @@ class Session:
                 if not self.sender.acknowledged(frame.transfer):
                     return None
             case control.Done():
-                if self.sender.is_live(frame.transfer):
+                if not self.sender.is_over(frame.transfer):
                     raise RemoteProtocolError(
                         f"the peer says that it consumed transfer {frame.transfer}, which it never acknowledged"
                     )
@@ -218,9 +220,9 @@ class Session:
             case Message():
                 self._messages_in.charge(len(frame.payload))
             case control.MessageCredit():
-                self.messages_out.grant(frame.count_limit, frame.bytes_limit)
+                _grant(self.messages_out, frame, "messages")
             case control.OpenCredit():
-                self.opens_out.grant(frame.count_limit, frame.bytes_limit)
+                _grant(self.opens_out, frame, "OPENs")
             case control.Ping():
                 self._control.send(Pong(frame.token))
         return frame
@@ -234,10 +236,7 @@ class Session:
                 f"chunks of {frame.chunk_bytes} bytes do not fit slots of {self._limits.slot_bytes}"
             )
         try:
-            if len(frame.meta) > MAX_META_BYTES:
-                raise ManifestError(
-                    f"meta of {len(frame.meta)} bytes; {MAX_META_BYTES} are allowed: send it as a tensor"
-                )
+            _check_meta(frame.meta)
             manifest = manifests.decode(
                 frame.manifest,
                 max_tensors=self._max_tensors,
@@ -270,6 +269,29 @@ class Session:
 def open_cost(manifest: bytes, meta: bytes) -> int:
     """What an OPEN costs of the window, in bytes."""
     return len(manifest) + len(meta)
+
+
+def _check_meta(meta: bytes) -> None:
+    if len(meta) > MAX_META_BYTES:
+        raise ManifestError(
+            f"meta of {len(meta)} bytes; {MAX_META_BYTES} are allowed: send it as a tensor"
+        )
+    try:
+        if meta:
+            msgspec.msgpack.decode(meta)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ManifestError(f"`meta` is malformed ({exc}): the peer's encoder is broken") from exc
+
+
+def _grant(
+    window: SendWindow, limits: control.MessageCredit | control.OpenCredit, what: str
+) -> None:
+    if not window.may_grant(limits.count_limit, limits.bytes_limit):
+        raise RemoteProtocolError(
+            f"the peer allows {limits.count_limit} {what} of {limits.bytes_limit} bytes, which is more than were "
+            "sent and one window"
+        )
+    window.grant(limits.count_limit, limits.bytes_limit)
 
 
 def _abort(transfer: int, *, by_sender: bool, error: AiordmaError | None, reason: str) -> Abort:

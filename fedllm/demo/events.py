@@ -47,11 +47,14 @@ class RoundDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Judged(msgspec.Struct, frozen=True, tag=True):
-    """How one model does on one silo's held-out text: nats, summed over so many tokens."""
+    """How one model does on one silo's held-out text: nats, summed over so many tokens.
+
+    `nats` is None for a model that has diverged: JSON has no other word for what is no number.
+    """
 
     model: str
     text: str
-    nats: float
+    nats: float | None
     tokens: int
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
 from fedllm.demo.text import read_split
 from fedllm.demo.training import Assignment, Tokens, encode, round_seed, train
+from fedllm.errors import FedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +63,13 @@ class _Silo:
         self._report = report
 
     async def take_part(self) -> Arrays | None:
+        """Every round until the run is over; the final weights, if the server sent them."""
         options, learner = self._options, self._learner
         async with join(
             options.host, options.port, name=options.name, fingerprint=learner.fingerprint
         ) as silo:
             async for task in silo.rounds():
-                assignment = msgspec.convert(task.arguments, Assignment)
+                assignment = _assignment(task.arguments)
                 learner.load(task.weights)
                 loss = await self._train(task.round, assignment)
                 # Views, not copies: nothing trains until the next round, after the commit.
@@ -91,3 +94,10 @@ class _Silo:
             )
         finally:
             stop.set()  # a thread cannot be cancelled: it looks at this before each step
+
+
+def _assignment(arguments: Mapping[str, object]) -> Assignment:
+    try:
+        return msgspec.convert(arguments, Assignment)
+    except msgspec.ValidationError as exc:
+        raise FedError(f"the server asks for training that this silo does not do: {exc}") from exc

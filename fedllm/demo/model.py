@@ -22,11 +22,10 @@ from transformers.utils import logging as transformers_logging
 
 from fedllm.demo.publish import publish
 from fedllm.demo.text import Document
-from fedllm.demo.training import Recipe, encode, train
+from fedllm.demo.training import LONGEST_WINDOW_TOKENS, Recipe, encode, train
 from fedllm.errors import FedError
 
 END_OF_TEXT = "<|endoftext|>"
-LONGEST_WINDOW_TOKENS = 128
 
 
 class BaseModelError(FedError):

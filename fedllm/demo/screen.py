@@ -70,6 +70,11 @@ class Screen:
             case Judged():
                 pass  # a table says it better, once all are there
 
+    def begin(self, stage: str) -> None:
+        """A new stage of the work: the bars of the last one go."""
+        self._clear()
+        self.say(stage, style="bold")
+
     def say(self, text: str, *, style: str | None = None) -> None:
         """One line of text, unwrapped, so that a path can be copied."""
         self.console.print(escape(text), style=style, soft_wrap=True)
@@ -102,6 +107,7 @@ class Screen:
         for bar in self._bars.values():
             self._progress.remove_task(bar)
         self._bars.clear()
+        self._progress.refresh()  # else what is printed next is drawn above the old bars
 
 
 def _round_table(event: RoundDone) -> Table:

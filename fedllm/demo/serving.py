@@ -1,6 +1,5 @@
 """`python -m fedllm serve`: average what silos train, round by round, and write the result."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,4 +106,4 @@ def metrics_line(event: RoundDone) -> str:
         for row in event.silos
     }
     line = {"round": event.round, "seconds": event.seconds, "silos": silos}
-    return json.dumps(line) + "\n"
+    return msgspec.json.encode(line).decode() + "\n"  # a loss that is no number becomes null

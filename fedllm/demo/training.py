@@ -5,8 +5,9 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from fedllm.errors import FedError
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 MAX_GRADIENT_NORM = 1.0
 JUDGE_BATCH = 16
+LONGEST_WINDOW_TOKENS = 128
 
 
 class TooLittleText(FedError, ValueError):
@@ -30,12 +32,15 @@ class TrainingStopped(FedError):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of one stretch of training: the same for every silo, federated or alone."""
+    """The settings of one stretch of training: the same for every silo, federated or alone.
 
-    steps: int
-    batch: int
-    block_tokens: int
-    learning_rate: float
+    The bounds are what a silo accepts from a server.
+    """
+
+    steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    batch: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    block_tokens: Annotated[int, msgspec.Meta(ge=2, le=LONGEST_WINDOW_TOKENS)]
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)]
     warmup_steps: int = 0
     decays: bool = False
 

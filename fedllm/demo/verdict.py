@@ -23,7 +23,7 @@ class Verdict:
         """From one `Judged` for each model and text."""
         sums: dict[str, dict[str, tuple[float, int]]] = {}
         for one in judged:
-            sums.setdefault(one.model, {})[one.text] = (one.nats, one.tokens)
+            sums.setdefault(one.model, {})[one.text] = (_number(one.nats), one.tokens)
         return cls(tuple(texts), {model: _row(texts, parts) for model, parts in sums.items()})
 
     @property
@@ -68,7 +68,18 @@ class Verdict:
 
 
 def _row(texts: Sequence[str], parts: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    row = {text: math.exp(parts[text][0] / parts[text][1]) for text in texts}
+    row = {text: _perplexity(*parts[text]) for text in texts}
     nats = sum(parts[text][0] for text in texts)
     tokens = sum(parts[text][1] for text in texts)
-    return row | {UNION: math.exp(nats / tokens)}
+    return row | {UNION: _perplexity(nats, tokens)}
+
+
+def _number(nats: float | None) -> float:
+    return nats if nats is not None and math.isfinite(nats) else math.inf
+
+
+def _perplexity(nats: float, tokens: int) -> float:
+    try:
+        return math.exp(nats / tokens)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,463 @@
+"""What a channel's peer may get wrong, frame by frame: each row names the error, its cause and its remedy.
+
+Each row runs with the foreign peer as client and as server. Afterwards no task, socket or slot is left, and the
+peer was hung up on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from aiordma import (
+    Channel,
+    ChannelBroken,
+    ChannelClosed,
+    ChannelError,
+    PeerTimeout,
+    RemoteProtocolError,
+)
+from aiordma.wire import control, frames
+from aiordma.wire.control import Acked, Claim, Done, Message, MessageCredit, Open, OpenCredit
+from aiordma.wire.frames import ChunkHeader
+
+from tests.foreign import CONFIG, ROLES, Foreign, connected, nothing_left
+
+REMEDY = "same version on both ends"
+AGAIN = "connect again"
+FAST = dataclasses.replace(CONFIG, idle_timeout_s=0.08)
+
+
+@pytest.fixture(autouse=True)
+async def untouched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    monkeypatch.setattr("aiordma.link._GRACE_S", 0.02)
+    async with nothing_left():
+        yield
+
+
+def row(
+    name: str,
+    act: Callable[[Foreign], Awaitable[object]],
+    *texts: str,
+    error: type[ChannelError] = RemoteProtocolError,
+    remedy: str = REMEDY,
+) -> Any:
+    return pytest.param(act, error, (*texts, remedy), id=name)
+
+
+async def fate(channel: Channel) -> ChannelError:
+    """The error that a channel ends with. Takes nothing from its queues, so that no window is moved."""
+    while True:
+        try:
+            await channel.ping()
+        except ChannelError as exc:
+            return exc
+
+
+async def ends(channel: Channel, foreign: Foreign, error: type[Exception], texts: tuple[str, ...]):
+    """The channel fails with exactly this error, for everybody, and hangs up."""
+    found = await fate(channel)
+    assert type(found) is error
+    for text in texts:
+        assert text in str(found)
+    await foreign.ended()
+    for call in (
+        channel.send(1),
+        channel.send_tensor(np.zeros(3)),
+        channel.recv_tensor(),
+        channel.ping(),
+    ):
+        with pytest.raises(error):
+            await call
+
+
+# Control frames
+
+
+async def cut_off(foreign: Foreign, data: bytes) -> None:
+    await foreign.control.write(data)
+    foreign.control.close()
+    foreign.control = foreign.lanes[0]
+
+
+async def four_opens_and_one(foreign: Foreign) -> None:
+    for _ in range(5):
+        await foreign.open()
+
+
+async def opens_beyond_the_bytes(foreign: Foreign) -> None:
+    for _ in range(3):
+        await foreign.open(meta=msgspec.msgpack.encode(b"m" * 60_000))
+
+
+async def messages_beyond_the_count(foreign: Foreign) -> None:
+    for _ in range(5):
+        await foreign.say(Message(b"\x01"))
+
+
+async def messages_beyond_the_bytes(foreign: Foreign) -> None:
+    for _ in range(2):
+        await foreign.say(Message(b"\x01" * 10_000))
+
+
+CONTROL_ROWS = [
+    row(
+        "cut off in a header",
+        lambda f: cut_off(f, b"\x05\0\0\0\7"),
+        "the peer ended the connection without a goodbye",
+        error=ChannelBroken,
+        remedy=AGAIN,
+    ),
+    row(
+        "cut off in a body",
+        lambda f: cut_off(f, struct.pack("<IB3xQQ", 9, 7, 1, 0) + b"12345"),
+        "the peer ended the connection without a goodbye",
+        error=ChannelBroken,
+        remedy=AGAIN,
+    ),
+    row(
+        "oversized",
+        lambda f: f.control.write(struct.pack("<IB3xQQ", 1 << 31, 7, 1, 0)),
+        "a control frame of 2147483648 bytes, over the 131136 agreed on",
+    ),
+    row("unknown kind", lambda f: f.say_body(99, b"\x90"), "a control frame of unknown kind 99"),
+    row(
+        "a gap",
+        lambda f: f.say(Claim(1), sequence=3),
+        "control frame 1 was due, frame 3 came",
+    ),
+    row(
+        "acknowledges what was never sent",
+        lambda f: f.say(Claim(1), ack=7),
+        "the peer acknowledges frame 7; 0 were sent",
+    ),
+    row(
+        "a body that is no msgpack",
+        lambda f: f.say_body(Open.kind, b"\xc1\xc1"),
+        "a malformed control frame of kind 1",
+    ),
+    row(
+        "a body that is no Unicode",
+        lambda f: f.say_body(control.Bye.kind, b"\x91\xa2\xff\xff"),
+        "a malformed control frame of kind 12",
+    ),
+    row(
+        "a field of another type",
+        lambda f: f.say_body(Claim.kind, msgspec.msgpack.encode(["one"])),
+        "a malformed control frame of kind 2",
+    ),
+    row(
+        "a field too many",
+        lambda f: f.say_body(Claim.kind, msgspec.msgpack.encode([1, 2])),
+        "a malformed control frame of kind 2",
+    ),
+    row(
+        "a field that is too large a number",
+        lambda f: f.say_body(Claim.kind, msgspec.msgpack.encode([1 << 63])),
+        "a malformed control frame of kind 2",
+    ),
+    row(
+        "a claim without a sequence number",
+        lambda f: f.say(Claim(1), sequence=0),
+        "a control frame of kind 2 with or without a sequence number",
+    ),
+    row(
+        "a ping with a sequence number",
+        lambda f: f.say(control.Ping(1), sequence=1),
+        "a control frame of kind 10 with or without a sequence number",
+    ),
+    row("an OPEN out of turn", lambda f: f.open(transfer=2), "OPEN of transfer 1 was due, 2 came"),
+    row("an OPEN beyond the window", four_opens_and_one, "OPEN number 5", "beyond the window of 4"),
+    row("OPENs beyond the bytes", opens_beyond_the_bytes, "OPEN number 3", "(131072 bytes)"),
+    row(
+        "chunks of nothing",
+        lambda f: f.open(chunk_bytes=0),
+        "chunks of 0 bytes do not fit slots of 4096",
+    ),
+    row("chunks that split elements", lambda f: f.open(chunk_bytes=100), "chunks of 100 bytes"),
+    row("chunks beyond the slot", lambda f: f.open(chunk_bytes=1 << 20), "chunks of 1048576 bytes"),
+    row("messages beyond the count", messages_beyond_the_count, "message number 5", "window of 4"),
+    row(
+        "messages beyond the bytes", messages_beyond_the_bytes, "message number 2", "(16384 bytes)"
+    ),
+    row(
+        "a claim beyond the window",
+        lambda f: f.say(Claim(10**6)),
+        "claims transfer 1000000; it allowed 8 so far",
+    ),
+    row(
+        "a credit for messages beyond the window",
+        lambda f: f.say(MessageCredit(1 << 40, 1 << 50)),
+        "allows 1099511627776 messages",
+    ),
+    row(
+        "a credit for OPENs beyond the window",
+        lambda f: f.say(OpenCredit(9, 1 << 17)),
+        "allows 9 OPENs",
+    ),
+    row(
+        "a goodbye",
+        lambda f: f.say(control.Bye("the cinema is on fire")),
+        "the peer closed the channel: the cinema is on fire",
+        error=ChannelClosed,
+        remedy="",
+    ),
+]
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("act", "error", "texts"), CONTROL_ROWS)
+async def test_a_control_connection_that_went_wrong(act, error, texts, role):
+    async with connected(role) as (channel, foreign):
+        await act(foreign)
+        await ends(channel, foreign, error, texts)
+
+
+# Lane frames
+
+
+def chunk_frame(sequence: int = 1, **changed: Any) -> bytes:
+    header = ChunkHeader(slot=0, length=64, transfer=1, offset=0, check=None)._replace(**changed)
+    return frames.encode_chunk(header, sequence)
+
+
+def resealed(data: bytes, at: int, value: int) -> bytes:
+    """The frame with one byte changed, and a header check that is right again."""
+    body = bytearray(data[:56])
+    body[at] = value
+    return bytes(body) + struct.pack("<Q", frames.xxh3(bytes(body)))
+
+
+def raw(data: bytes) -> Callable[[Foreign], Awaitable[None]]:
+    return lambda foreign: foreign.lanes[0].write(data)
+
+
+async def cut_off_in(foreign: Foreign, nbytes: int) -> None:
+    await foreign.open()
+    await foreign.lanes[0].write((chunk_frame() + bytes(64))[:nbytes])
+    foreign.lanes[0].close()
+    foreign.lanes.clear()
+
+
+async def reset_in_a_chunk(foreign: Foreign) -> None:
+    await foreign.open()
+    await foreign.lanes[0].write(chunk_frame() + bytes(9))
+    foreign.lanes[0].reset()
+    foreign.lanes.clear()
+
+
+async def frame_twice(foreign: Foreign) -> None:
+    await foreign.open(8192)
+    await foreign.lanes[0].write((chunk_frame(length=4096) + bytes(4096)) * 2)
+
+
+async def slot_twice(foreign: Foreign) -> None:
+    await foreign.chunk(await foreign.open(8192), bytes(4096), slot=0)
+    await foreign.chunk(await foreign.open(8192), bytes(4096), slot=0)
+
+
+async def second_early(foreign: Foreign) -> None:
+    await foreign.chunk(1, bytes(64), offset=0)
+    await foreign.chunk(1, bytes(64), offset=64)
+
+
+LANE_ROWS = [
+    row(
+        "a bad header check",
+        raw(chunk_frame()[:56] + bytes(8)),
+        "lane frame 1 is damaged (61696f7201000000...): its header check fails",
+    ),
+    row("a wrong magic", raw(resealed(chunk_frame(), 0, ord("A"))), "lane frame 1 is damaged (41"),
+    row("noise", raw(b"\xa5" * 64), "lane frame 1 is damaged"),
+    row("an unknown kind", raw(resealed(chunk_frame(), 4, 9)), "lane frame 1 is of kind 9"),
+    row("a gap", raw(chunk_frame(2)), "lane frame 1 was due, frame 2 came"),
+    row("a frame twice", frame_twice, "lane frame 2 was due, frame 1 came"),
+    row("no payload", raw(chunk_frame(length=0)), "a chunk of 0 bytes came for a slot of 4096"),
+    row(
+        "beyond the slot", raw(chunk_frame(length=4160)), "a chunk of 4160 bytes came for a slot of"
+    ),
+    row("4 GiB", raw(chunk_frame(length=(1 << 32) - 1)), "a chunk of 4294967295 bytes came"),
+    row("a slot beyond the ring", raw(chunk_frame(slot=4)), "slot 4, which was not granted"),
+    row("a slot far beyond it", raw(chunk_frame(slot=65535)), "slot 65535, which was not granted"),
+    row("a slot that is full", slot_twice, "slot 0, which was not granted"),
+    row("transfer 0", raw(chunk_frame(transfer=0)), "a chunk of transfer 0: ids begin with 1"),
+    row(
+        "beyond the OPEN window",
+        raw(chunk_frame(transfer=5)),
+        "a chunk of transfer 5, beyond the 4 that may be open",
+    ),
+    row(
+        "a second early chunk",
+        second_early,
+        "a second chunk of transfer 1, which is neither open nor",
+    ),
+    row(
+        "a credit that is not held",
+        lambda f: f.credit(1),
+        "gives back slot 0, which it does not hold",
+    ),
+    row("a credit beyond the ring", lambda f: f.credit(1 << 255), "gives back slot 255"),
+    row(
+        "cut off in a header",
+        lambda f: cut_off_in(f, 10),
+        "lane 0 (tcp) is lost: the peer ended the connection 10 bytes into a header",
+        error=ChannelBroken,
+        remedy=AGAIN,
+    ),
+    row(
+        "cut off in a chunk",
+        lambda f: cut_off_in(f, 74),
+        "lane 0 (tcp) is lost: the peer ended the connection 10 bytes into a chunk of 64",
+        error=ChannelBroken,
+        remedy=AGAIN,
+    ),
+    row(
+        "reset in a chunk",
+        reset_in_a_chunk,
+        "lane 0 (tcp) is lost: ",
+        "Connection reset by peer",
+        error=ChannelBroken,
+        remedy=AGAIN,
+    ),
+    row(
+        "ended between two frames",
+        lambda f: cut_off_in(f, 0),
+        "lane 0 (tcp) is lost: it ended",
+        error=ChannelBroken,
+        remedy=AGAIN,
+    ),
+]
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("act", "error", "texts"), LANE_ROWS)
+async def test_a_lane_that_went_wrong(act, error, texts, role):
+    async with connected(role) as (channel, foreign):
+        await act(foreign)
+        await ends(channel, foreign, error, texts)
+
+
+MISFITS = [
+    pytest.param([(64, 4096)], "has no chunk of 4096 bytes at 64", id="between two borders"),
+    pytest.param([(12288, 4096)], "has no chunk of 4096 bytes at 12288", id="beyond the end"),
+    pytest.param([(1 << 63, 4096)], "at 9223372036854775808", id="far beyond the end"),
+    pytest.param([(8192, 4096)], "has no chunk of 4096 bytes at 8192", id="too long at the end"),
+    pytest.param([(0, 64)], "has no chunk of 64 bytes at 0", id="too short"),
+    pytest.param([(0, 4096), (0, 4096)], "the chunk at 0 came twice", id="twice"),
+]
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("chunks", "text"), MISFITS)
+async def test_a_chunk_that_its_transfer_does_not_have(chunks, text, role):
+    async with connected(role) as (channel, foreign):
+        receiving = asyncio.create_task(channel.recv_tensors())
+        transfer = await foreign.open(10_000)
+        await foreign.hear(Claim)
+        for offset, nbytes in chunks:
+            await foreign.chunk(transfer, bytes(nbytes), offset=offset)
+        with pytest.raises(RemoteProtocolError, match=f"transfer 1.*{text}.*{REMEDY}"):
+            await receiving
+        await ends(channel, foreign, RemoteProtocolError, (text,))
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_second_chunk_that_nobody_claimed(role):
+    async with connected(role) as (channel, foreign):
+        transfer = await foreign.open(8192)
+        await foreign.say(Message(b"\x01"))
+        await channel.recv()  # so the OPEN came before the chunks
+        await foreign.chunk(transfer, bytes(4096), offset=0)
+        await foreign.chunk(transfer, bytes(4096), offset=4096)
+        text = "a second chunk of transfer 1, which is not claimed"
+        await ends(channel, foreign, RemoteProtocolError, (text, REMEDY))
+
+
+# Time
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_chunk_whose_transfer_is_never_opened(role):
+    async with connected(role, FAST) as (channel, foreign):
+        await foreign.chunk(1, bytes(64))
+        answering = asyncio.create_task(foreign.ended())
+        with pytest.raises(
+            RemoteProtocolError, match=f"transfer 1, which was never opened.*{REMEDY}"
+        ):
+            await channel.recv()
+        await answering
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_peer_that_falls_silent_while_a_transfer_is_open(role):
+    async with connected(role, FAST) as (channel, foreign):
+        await foreign.open()
+        with pytest.raises(
+            PeerTimeout, match="the peer said nothing for .*or raise idle_timeout_s"
+        ):
+            await channel.recv_tensor()
+        await ends(
+            channel, foreign, PeerTimeout, ("while a transfer was open", "raise idle_timeout_s")
+        )
+
+
+# What the peer says of the transfers that we send it
+
+
+async def acked_too_early(foreign: Foreign) -> None:
+    await foreign.say(Acked(1))
+
+
+async def done_without_acked(foreign: Foreign) -> None:
+    await foreign.say(Done(1))
+
+
+async def credits_twice(foreign: Foreign) -> None:
+    await foreign.say(Claim(1))
+    found = await foreign.lane_frame()
+    assert isinstance(found, tuple)
+    await foreign.credit(1 << found[0].slot)
+    await foreign.credit(0b1111_1111)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("act", "error", "texts"),
+    [
+        row(
+            "acknowledged half-way",
+            acked_too_early,
+            "acknowledges transfer 1 at 4096 of 100000 bytes",
+        ),
+        row(
+            "done, not acknowledged",
+            done_without_acked,
+            "consumed transfer 1, which it never acknow",
+        ),
+        row("credited twice", credits_twice, "which it does not hold"),
+    ],
+)
+async def test_a_receiver_that_went_wrong(act, error, texts, role):
+    async with connected(role) as (channel, foreign):
+        sending = asyncio.create_task(channel.send_tensor(np.zeros(100_000, np.uint8)))
+        await foreign.hear(Open)
+        await act(foreign)
+        with pytest.raises(error, match=texts[0]):
+            await sending
+        await ends(channel, foreign, error, texts)
+
+
+async def test_the_refusals_of_a_channel_that_is_over_name_the_first_cause():
+    async with connected("client") as (channel, foreign):
+        await foreign.say_body(99, b"\x90")
+        await foreign.say_body(98, b"\x90")
+        await ends(channel, foreign, RemoteProtocolError, ("unknown kind 99",))
+        assert channel.is_closed
+        await foreign.ended()

@@ -1,0 +1,50 @@
+"""What the README shows and the examples do works when it is pasted."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PROGRAMS = [code for language, code in BLOCKS if language == "python"]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(*arguments: str) -> str:
+    """Output of a Python program that must succeed without a warning."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", PROGRAMS)
+def test_a_program_in_the_readme_runs_as_it_stands(code: str):
+    assert "bytes" in run("-c", code)
+
+
+def test_the_readme_shows_a_program_of_about_twenty_lines():
+    assert PROGRAMS
+    lines = [line for line in PROGRAMS[0].splitlines() if line.strip()]
+    assert 15 <= len(lines) <= 25
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs(path: Path):
+    assert run(str(path))
+
+
+def test_every_command_of_the_readme_is_a_target_of_the_makefile():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"\bmake ([a-z-]+)", README)
+    assert {"demo", "test"} <= set(named) <= set(targets)
