@@ -5,6 +5,7 @@ async with aiordma.connect(host, port) as channel:
 """
 
 from aiordma.channel import Channel, Received
+from aiordma.chunk import Chunk
 from aiordma.config import ChannelConfig
 from aiordma.endpoint import connect, listen, serve
 from aiordma.errors import (
@@ -35,7 +36,7 @@ from aiordma.listener import Listener, Server
 from aiordma.ring import set_memory_budget
 from aiordma.stats import ChannelStats, LaneInfo, LaneStats
 from aiordma.tensors import Outgoing, prepare
-from aiordma.transfer import Chunk, Transfer
+from aiordma.transfer import Transfer
 from aiordma.wire.manifest import Manifest, TensorSpec
 
 __version__ = "0.1.0"

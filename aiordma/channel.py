@@ -192,7 +192,7 @@ class Channel:
         """
         arrays: dict[str, Array] = {}
 
-        def accept(transfer: Transfer) -> None:
+        def begin(transfer: Transfer) -> None:
             names = [spec.name for spec in transfer.manifest.tensors]
             if len(names) != 1:
                 raise TensorError(
@@ -201,7 +201,7 @@ class Channel:
             wanted = None if into is None else {names[0]: into}
             arrays.update(_begin(transfer, wanted, framework))
 
-        await self._receive(accept)
+        await self._receive(begin)
         return next(iter(arrays.values()))
 
     async def recv_tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiordma.transfer import Chunk
+from aiordma.chunk import Chunk
 from aiordma.wire.frames import ChunkHeader
 
 

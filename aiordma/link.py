@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from typing import Final
 
+from aiordma.chunk import Chunk
 from aiordma.config import ChannelConfig
 from aiordma.control import Control
 from aiordma.early import EarlyChunks
@@ -19,7 +20,6 @@ from aiordma.errors import (
     ChannelClosed,
     ChecksumError,
     RemoteProtocolError,
-    TransferTimeout,
     again,
 )
 from aiordma.port import Port, Subject
@@ -27,7 +27,7 @@ from aiordma.pulse import Pulse
 from aiordma.queues import Fifo, Gate
 from aiordma.stats import Counters
 from aiordma.tensors import Outgoing
-from aiordma.transfer import Chunk, Reception, Send, Stage, Transfer
+from aiordma.transfer import Reception, Send, Stage, Transfer
 from aiordma.wire import control as wire, frames
 from aiordma.wire.frames import ChunkHeader
 from aiordma.wire.receiving import Incoming, Verdict
@@ -173,7 +173,7 @@ class Link:
         self.session.chunk_came(subject.incoming, chunk.nbytes)
         subject.take(chunk)
         if subject.stage is Stage.OFFERED and subject.incoming.was_claimed:
-            self.copied(subject.move_aside())
+            subject.move_aside(sum(port.ring.nbytes for port in self.ports))
         self.flush()
 
     def claim(self, reception: Reception) -> None:
@@ -321,19 +321,12 @@ class Link:
         idle_s = self.config.idle_timeout_s
         for send in list(self.sends.values()):
             if now - send.moved_at > idle_s and self.session.sender.is_claimed(send.id):
-                timeout = TransferTimeout(
-                    f"transfer {send.id} made no progress for {idle_s:g} s: the peer claimed it, and "
-                    "takes no chunks; see what it waits for, or raise idle_timeout_s"
-                )
+                timeout = send.stalled(idle_s)
                 self.stop_sending(send, timeout, str(timeout))
                 send.fail(timeout)
         for reception in list(self.receptions.values()):
             if reception.is_waiting and now - reception.moved_at > idle_s:
-                timeout = TransferTimeout(
-                    f"transfer {reception.incoming.id} made no progress for {idle_s:g} s: no chunk came, "
-                    f"and {reception.lent} that came were not released; see what the peer waits for, or "
-                    "raise idle_timeout_s"
-                )
+                timeout = reception.stalled(idle_s)
                 reception.give_up(timeout, str(timeout))
         overdue = self._early.overdue(now - idle_s)
         if overdue is not None:

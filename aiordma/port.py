@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Final, NamedTuple, Protocol
 
+from aiordma.chunk import Chunk
 from aiordma.errors import RemoteProtocolError
 from aiordma.lanes.base import Lane
 from aiordma.ring import Ring, SlotState
 from aiordma.stats import LaneStats
 from aiordma.tensors import Outgoing
-from aiordma.transfer import Chunk, Reception
+from aiordma.transfer import Reception
 from aiordma.wire import frames
 from aiordma.wire.frames import ChunkHeader
 from aiordma.wire.receiving import Verdict

@@ -123,6 +123,7 @@ class Fifo(Generic[T]):
             try:
                 accept(entry[1])
             except AiordmaError as exc:
+                self._undo(entry[1])
                 future.set_exception(exc)
                 continue
             self._items.popleft()

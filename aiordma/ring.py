@@ -93,10 +93,14 @@ class Ring:
         """Reserve and map up to `slots` slots of `slot_bytes`; see `MemoryBudget.reserve`."""
         self.slot_bytes = slot_bytes
         self.slots = budget.reserve(slots, slot_bytes)
-        nbytes = self.slots * slot_bytes
-        self._free_budget = weakref.finalize(self, budget.give_back, nbytes)
-        self._memory = memoryview(mmap.mmap(-1, nbytes))
+        self._free_budget = weakref.finalize(self, budget.give_back, self.nbytes)
+        self._memory = memoryview(mmap.mmap(-1, self.nbytes))
         self._states = [SlotState.POSTED] * self.slots
+
+    @property
+    def nbytes(self) -> int:
+        """All slots together."""
+        return self.slots * self.slot_bytes
 
     def state(self, slot: int) -> SlotState:
         """Who owns the slot now. An unknown slot raises `IndexError`."""

@@ -9,13 +9,20 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Protocol, Self
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
 
 import msgspec
-import numpy as np
 
-from aiordma.errors import AiordmaError, Busy, TransferAborted, TransferRefused, again
+from aiordma.chunk import Chunk
+from aiordma.errors import (
+    AiordmaError,
+    Busy,
+    TransferAborted,
+    TransferRefused,
+    TransferTimeout,
+    again,
+)
 from aiordma.tensors import (
     Array,
     Destination,
@@ -23,9 +30,8 @@ from aiordma.tensors import (
     Outgoing,
     allocate,
     destination,
-    typed_view,
 )
-from aiordma.wire.manifest import Manifest, TensorSpec
+from aiordma.wire.manifest import Manifest
 from aiordma.wire.receiving import Incoming
 
 
@@ -41,84 +47,19 @@ class Send:
         self.moved_at = now
         """When it last made progress, on the loop's clock."""
 
+    def stalled(self, idle_s: float) -> TransferTimeout:
+        """The error of a transfer that does not move."""
+        return TransferTimeout(
+            f"transfer {self.id} made no progress for {idle_s:g} s: the peer claimed it, and takes no "
+            "chunks; see what it waits for, or raise idle_timeout_s"
+        )
+
     def fail(self, error: AiordmaError) -> None:
         """It will not be acknowledged, or not be consumed."""
         for future in (self.acknowledged, self.consumed):
             if not future.done():
                 future.set_exception(again(error))
                 future.exception()  # nobody has to wait for both
-
-
-class Chunk:
-    """A piece of a transfer, in a receive slot that the sender gets back on `release`.
-
-    Everything that `parts` returns is borrowed: after `release` the memory holds other bytes.
-    """
-
-    def __init__(
-        self, offset: int, view: memoryview, *, is_direct: bool, release: Callable[[], None] | None
-    ) -> None:
-        self.offset = offset
-        """Position of its first byte in the transfer's data."""
-        self.nbytes = view.nbytes
-        self.is_direct = is_direct
-        """Whether it is in its final place already."""
-        self._view = view
-        self._release = release
-        self._manifest: Manifest | None = None
-
-    @property
-    def view(self) -> memoryview:
-        """The bytes, borrowed until `release`."""
-        return self._view
-
-    def parts(self) -> list[tuple[TensorSpec, int, np.ndarray]]:
-        """The tensors that the chunk touches: (spec, index of the first element, borrowed 1-D view).
-
-        Tied tensors come once, under the first one's spec. BF16 and F8 are raw bits (uint16, uint8) unless
-        ml_dtypes is there.
-        """
-        if self._manifest is None:
-            raise Busy("the chunk was released: its slot may hold other bytes by now")
-        found = self._manifest.parts(self.offset, self.nbytes)
-        return [
-            (spec, element, typed_view(spec, self._view[start - self.offset :][:nbytes]))
-            for spec, element, start, nbytes in found
-        ]
-
-    def lend(self, manifest: Manifest, on_release: Callable[[], None]) -> Chunk:
-        """Hand the chunk to the user, who releases it."""
-        self._manifest = manifest
-        give_back = self._release
-
-        def release() -> None:
-            if give_back is not None:
-                give_back()
-            on_release()
-
-        self._release = release
-        return self
-
-    def release(self) -> None:
-        """Give the slot back, which is the sender's credit. Doing it twice does no harm."""
-        release, self._release = self._release, None
-        self._manifest = None
-        if release is not None:
-            release()
-
-    def move_aside(self) -> int:
-        """Copy the bytes to memory of their own, and give the slot back. Bytes copied."""
-        if self._release is None:
-            return 0
-        self._view = memoryview(bytearray(self._view))
-        self.release()
-        return self.nbytes
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
 
 
 class Stage(enum.Enum):
@@ -162,6 +103,7 @@ class Reception:
         self._owner = owner
         self._destination: Destination | None = None
         self._placed_bytes = 0
+        self._aside_bytes = 0
         self._lent = 0
         self._error: AiordmaError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -177,14 +119,17 @@ class Reception:
         return self.stage is Stage.OFFERED
 
     @property
-    def lent(self) -> int:
-        """How many chunks the consumer holds."""
-        return self._lent
-
-    @property
     def is_waiting(self) -> bool:
         """Whether somebody waits for chunks to come."""
         return self._waiter is not None
+
+    def stalled(self, idle_s: float) -> TransferTimeout:
+        """The error of a transfer that does not move."""
+        return TransferTimeout(
+            f"transfer {self.incoming.id} made no progress for {idle_s:g} s: no chunk came, and "
+            f"{self._lent} that came were not released; see what the peer waits for, or raise "
+            "idle_timeout_s"
+        )
 
     def place(self, offset: int, length: int) -> memoryview | None:
         """The final place of a chunk, if it is known and contiguous."""
@@ -199,11 +144,16 @@ class Reception:
         if self._destination is None or self.incoming.is_complete:
             self._wake()
 
-    def move_aside(self) -> int:
+    def move_aside(self, limit_bytes: int) -> None:
         """Chunks that an outdated claim let loose must not keep the slots from the other transfers.
 
-        Returns the bytes copied; no more than a window can be on its way, so no more is ever kept."""
-        return sum(chunk.move_aside() for chunk in self.held)
+        A peer that goes on sending after the claim was taken back finds its slots kept, beyond the limit.
+        """
+        for chunk in self.held:
+            if self._aside_bytes + chunk.nbytes <= limit_bytes:
+                copied = chunk.move_aside()
+                self._aside_bytes += copied
+                self._owner.copied(copied)
 
     def fail(self, error: AiordmaError) -> None:
         """It will not succeed. What came of it is dropped."""
@@ -270,6 +220,10 @@ class Reception:
     def let_go(self) -> bool:
         """Undo `begin`, losing nothing, if no chunk is in the destination yet; else abort. Whether it can be
         received again."""
+        if self.is_offered:
+            self._owner.unclaim(
+                self
+            )  # it may have been claimed in advance, for a taker that it did not suit
         if self.stage is not Stage.RECEIVING:
             return self.is_offered
         self._destination = None
@@ -382,8 +336,12 @@ class Transfer:
             self.reception.end_chunks()
 
     async def refuse(self, reason: str) -> None:
-        """Do not want it: the sender's call raises `TransferRefused` with the reason."""
-        if self.reception.stage is not Stage.OFFERED:
+        """Do not want it: the sender's call raises `TransferRefused` with the reason.
+
+        A sender whose only chunk came whole before has returned already, unless it asked to `confirm`. Refusing
+        what is over, because the sender gave it up, does nothing.
+        """
+        if self.reception.stage is Stage.RECEIVING:
             raise Busy(
                 f"transfer {self.id} is {self.reception.stage.value}: it cannot be refused now"
             )

@@ -9,18 +9,19 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
+import pytest
 
 import aiordma
-from aiordma import Channel, ChannelConfig, Manifest, TensorSpec
+from aiordma import Channel, ChannelConfig, ChannelError, Manifest, RemoteProtocolError, TensorSpec
 from aiordma.ring import BUDGET
 from aiordma.wire import control, frames, hello, manifest as manifests
 from aiordma.wire.control import Frame, Open, Ping, Pong
 from aiordma.wire.frames import ChunkHeader, CreditHeader
 from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Limits
-
 from tests.conftest import leak_check
 
 ROLES = ("client", "server")
@@ -42,9 +43,48 @@ CONFIG = ChannelConfig(
 LIMITS = Limits(8, 4096, 8, 1 << 14, 8, 1 << 17)
 """What the foreign peer says that it accepts."""
 
+REMEDY = "same version on both ends"
+AGAIN = "connect again"
+
 _CONTROL_HEADER = struct.Struct("<IB3xQQ")
 _KINDS: dict[int, type[Frame]] = {kind.kind: kind for kind in Frame.__subclasses__()}
 F = TypeVar("F", bound=Frame)
+
+
+def row(
+    name: str,
+    act: Callable[[Foreign], Awaitable[object]],
+    *texts: str,
+    error: type[ChannelError] = RemoteProtocolError,
+    remedy: str = REMEDY,
+) -> Any:
+    return pytest.param(act, error, (*texts, remedy), id=name)
+
+
+async def fate(channel: Channel) -> ChannelError:
+    """The error that a channel ends with. Takes nothing from its queues, so that no window is moved."""
+    while True:
+        try:
+            await channel.ping()
+        except ChannelError as exc:
+            return exc
+
+
+async def ends(channel: Channel, foreign: Foreign, error: type[Exception], texts: tuple[str, ...]):
+    """The channel fails with exactly this error, for everybody, and hangs up."""
+    found = await fate(channel)
+    assert type(found) is error
+    for text in texts:
+        assert text in str(found)
+    await foreign.ended()
+    for call in (
+        channel.send(1),
+        channel.send_tensor(np.zeros(3)),
+        channel.recv_tensor(),
+        channel.ping(),
+    ):
+        with pytest.raises(error):
+            await call
 
 
 class HungUp(Exception):

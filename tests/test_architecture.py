@@ -28,7 +28,7 @@ BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fed
 ROOMS: Mapping[str, str] = {
     # module pattern: the modules of this project that it may import ("aiordma": by public name)
     "aiordma": "aiordma.errors aiordma.config aiordma.ring aiordma.wire.manifest aiordma.tensors"
-    " aiordma.stats aiordma.transfer aiordma.channel aiordma.listener aiordma.endpoint",
+    " aiordma.stats aiordma.chunk aiordma.transfer aiordma.channel aiordma.listener aiordma.endpoint",
     "aiordma.errors": "",
     "aiordma.config": "aiordma.errors",
     "aiordma.ring": "aiordma.errors aiordma.config",
@@ -45,11 +45,12 @@ ROOMS: Mapping[str, str] = {
     "aiordma.control": "aiordma.errors",
     "aiordma.pulse": "aiordma.errors",
     "aiordma.queues": "aiordma.errors aiordma.wire.credit",
-    "aiordma.transfer": f"aiordma.errors aiordma.tensors {WIRE}",
-    "aiordma.early": "aiordma.transfer aiordma.wire.frames",
-    "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.tensors aiordma.transfer"
+    "aiordma.chunk": f"aiordma.errors aiordma.tensors {WIRE}",
+    "aiordma.transfer": f"aiordma.errors aiordma.tensors aiordma.chunk {WIRE}",
+    "aiordma.early": "aiordma.chunk aiordma.wire.frames",
+    "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.tensors aiordma.chunk aiordma.transfer"
     f" aiordma.lanes.base {WIRE}",
-    "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.control"
+    "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.chunk aiordma.control"
     f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early aiordma.port {WIRE}",
     "aiordma.channel": "aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
     f" {WIRE}",

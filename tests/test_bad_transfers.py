@@ -32,7 +32,6 @@ from aiordma.ring import SlotState
 from aiordma.wire import control
 from aiordma.wire.control import Abort, Acked, Claim, Done, Message, Open, Unclaim
 from aiordma.wire.frames import CreditHeader
-
 from tests.foreign import CONFIG, ROLES, Foreign, connected, nothing_left
 
 FAST = dataclasses.replace(CONFIG, idle_timeout_s=0.08)

@@ -256,6 +256,15 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny):
     assert math.exp(result.nats / result.tokens) == pytest.approx(len(tiny.tokenizer))
 
 
+def test_judging_is_the_models_own_loss(tiny):
+    tokens = np.random.default_rng(0).integers(0, 200, 32)
+    result = judge(tiny.model, tokens, block_tokens=16, limit_tokens=32)
+    rows = torch.from_numpy(tokens.reshape(2, 16))
+    with torch.inference_mode():
+        mean = tiny.model(input_ids=rows, labels=rows).loss.item()
+    assert result.nats / result.tokens == pytest.approx(mean)
+
+
 def test_warm_up_then_constant_or_decay():
     constant = Recipe(steps=10, batch=1, block_tokens=1, learning_rate=1.0, warmup_steps=2)
     assert [constant.rate(step) for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
@@ -296,6 +305,8 @@ def test_a_lost_union_is_told_as_clearly():
     lost = verdict(4.0, 4.0)
     assert not lost.federated_wins
     assert "does NOT win" in lost.sentence()
+    row = {"a": 4.0, "union": 4.0}
+    assert not Verdict(("a",), {"base": row, "a-alone": row, "federated": row}).federated_wins
 
 
 @pytest.mark.parametrize("nats", [None, math.nan, math.inf, 1e6])

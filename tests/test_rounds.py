@@ -315,7 +315,7 @@ FAULTS: dict[str, tuple[Behaviour, Status, str]] = {
     "talks nonsense": (
         talk_nonsense,
         Status.FAILED,
-        "waiting for READY: Invalid value 'Gibberish'",
+        "waiting for READY: the message is not .*'Gibberish'",
     ),
     "aborts each upload": (break_every_upload_off, Status.FAILED, "receiving the update: .*cancel"),
 }

@@ -152,7 +152,7 @@ class Session:
     def unclaim(self, transfer: int) -> None:
         """Take a claim back; chunks that are on their way still come."""
         incoming = self.receiver.get(transfer)
-        if incoming is not None:
+        if incoming is not None and incoming.is_claimed:
             incoming.is_claimed = False
             self._control.send(control.Unclaim(transfer))
 
