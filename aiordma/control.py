@@ -21,8 +21,16 @@ class ControlHandler(Protocol):
 class Control(Protocol):
     """A control connection's sending side. Never blocks: the windows bound what can pile up."""
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What was written and waits here."""
+
     def start(self, handler: ControlHandler) -> None:
         """Begin to read."""
+
+    @property
+    def backlog_bytes(self) -> int:
+        """What was written and the peer's host has not taken yet."""
 
     def write(self, data: bytes) -> None:
         """Send."""
@@ -40,7 +48,10 @@ class Control(Protocol):
 class TcpControl(asyncio.Protocol):
     """A control connection over an asyncio transport. Reading is never paused."""
 
-    def __init__(self) -> None:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = (
+            sock  # the transport's; uvloop's transports hand out none that could be shut down
+        )
         self._transport: asyncio.Transport | None = None
         self._handler: ControlHandler | None = None
         self._ended = asyncio.Event()
@@ -49,7 +60,7 @@ class TcpControl(asyncio.Protocol):
     async def open(cls, sock: socket.socket) -> TcpControl:
         """Take over a connected socket."""
         loop = asyncio.get_running_loop()
-        _, control = await loop.create_connection(cls, sock=sock)
+        _, control = await loop.create_connection(lambda: cls(sock), sock=sock)
         return control
 
     def start(self, handler: ControlHandler) -> None:
@@ -57,9 +68,17 @@ class TcpControl(asyncio.Protocol):
         if self._transport is not None:
             self._transport.resume_reading()
 
+    @property
+    def backlog_bytes(self) -> int:
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
     def write(self, data: bytes) -> None:
         if self._transport is not None:
             self._transport.write(data)
+
+    @property
+    def unsent_bytes(self) -> int:
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def close(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -71,7 +90,7 @@ class TcpControl(asyncio.Protocol):
         if self._transport is None:
             return
         with contextlib.suppress(OSError):
-            self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._transport.abort()
 
     async def wait_ended(self) -> None:
@@ -99,6 +118,8 @@ class TcpControl(asyncio.Protocol):
 class MemoryControl:
     """One end of a control connection within one loop."""
 
+    unsent_bytes = 0
+
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._peer: MemoryControl | None = None
@@ -118,6 +139,10 @@ class MemoryControl:
         early, self._early = self._early, []
         for data in early:
             handler.control_received(data)
+
+    @property
+    def backlog_bytes(self) -> int:
+        return 0
 
     def write(self, data: bytes) -> None:
         if self._peer is not None:

@@ -118,6 +118,10 @@ class Link:
         data = self.session.data_to_send()
         if data:
             self._control.write(data)
+            if self._control.backlog_bytes > self.session.most_unread_bytes:
+                self.fail(
+                    RemoteProtocolError("the peer sends, and does not read what is sent to it")
+                )
 
     def _fill_all(self) -> None:
         for port in self.ports:
@@ -229,10 +233,11 @@ class Link:
                 if self.error is not None:
                     return
                 self._handle(event)
+            if self.error is None:
+                self.flush()
+                self.session.check_backlog(self._control.unsent_bytes)
         except RemoteProtocolError as exc:
             self.fail(exc)
-        if self.error is None:
-            self.flush()
 
     def control_lost(self, exc: Exception | None) -> None:
         broken = ChannelBroken(
@@ -273,8 +278,6 @@ class Link:
     def _opened(self, incoming: Incoming) -> None:
         reception = self.receptions[incoming.id] = Reception(incoming, self, self._pulse.now())
         self.transfers.put(Transfer(reception))
-        if reception.is_offered and incoming.is_claimed:
-            self.unclaim(reception)  # claimed in advance, but whoever waited does not want this one
         for header, chunk in self._early.take(incoming.id):
             self.came(header, chunk, self.admit(header))
 

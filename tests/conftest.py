@@ -74,7 +74,10 @@ def tasks() -> set[asyncio.Task[object]]:
 
 
 def sockets() -> set[str]:
-    """This process's open sockets, as the kernel names them: `socket:[inode]`."""
+    """This process's open sockets, as the kernel names them: `socket:[inode]`.
+
+    Not the local ones: uvloop makes the pair by which it is woken anew each time that it runs.
+    """
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -83,7 +86,8 @@ def sockets() -> set[str]:
             continue
         if target.startswith("socket:"):
             found.add(target)
-    return found
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    return found - {f"socket:[{line.split()[6]}]" for line in lines}
 
 
 def children() -> set[str]:

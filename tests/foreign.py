@@ -46,7 +46,7 @@ LIMITS = Limits(8, 4096, 8, 1 << 14, 8, 1 << 17)
 REMEDY = "same version on both ends"
 AGAIN = "connect again"
 
-_CONTROL_HEADER = struct.Struct("<IB3xQQ")
+CONTROL_HEADER = struct.Struct("<IB3xQQ")
 _KINDS: dict[int, type[Frame]] = {kind.kind: kind for kind in Frame.__subclasses__()}
 F = TypeVar("F", bound=Frame)
 
@@ -177,12 +177,12 @@ class Foreign:
         if sequence is None:
             self.sent = sequence = self.sent + 1
         ack = self._received if ack is None else ack
-        await self.control.write(_CONTROL_HEADER.pack(len(body), kind, sequence, ack) + body)
+        await self.control.write(CONTROL_HEADER.pack(len(body), kind, sequence, ack) + body)
 
     async def hear(self, wanted: type[F]) -> F:
         """The next frame of this kind; pings are answered on the way, other frames dropped."""
         while True:
-            length, kind, sequence, _ = _CONTROL_HEADER.unpack(await self.control.read(24))
+            length, kind, sequence, _ = CONTROL_HEADER.unpack(await self.control.read(24))
             body = await self.control.read(length)
             self._received = max(self._received, sequence)
             if kind == control.Message.kind:
@@ -282,13 +282,22 @@ class _Never(Frame):
 async def connected(
     role: str, config: ChannelConfig = CONFIG, limits: Limits = LIMITS
 ) -> AsyncIterator[tuple[Channel, Foreign]]:
-    """A channel, and the foreign peer at its other end."""
+    """A channel, and the foreign peer at its other end. Nothing may be left of them."""
+    async with nothing_left():
+        async with _connected(role, config, limits) as ends_:
+            yield ends_
+
+
+@asynccontextmanager
+async def _connected(
+    role: str, config: ChannelConfig, limits: Limits
+) -> AsyncIterator[tuple[Channel, Foreign]]:
     if role == "client":
         async with aiordma.listen(config=config) as listener:
             foreign = await enter(listener.address, limits, config.lanes)
             channel = await listener.accept()
     else:
-        async with bare_server() as (server, address):
+        async with _serving(None) as (server, address):
             opening = asyncio.ensure_future(aiordma.connect(*address, config=config))
             foreign = await admit(server, limits)
             channel = await opening
@@ -342,7 +351,16 @@ async def accept(server: socket.socket) -> Wire:
 async def bare_server(
     script: Callable[[Wire], Awaitable[object]] | None = None,
 ) -> AsyncIterator[tuple[socket.socket, tuple[str, int]]]:
-    """A listening socket. With a script, each connection runs it and is closed after it."""
+    """A listening socket. With a script, each connection runs it and is closed after it. Nothing may be left."""
+    async with nothing_left():
+        async with _serving(script) as serving:
+            yield serving
+
+
+@asynccontextmanager
+async def _serving(
+    script: Callable[[Wire], Awaitable[object]] | None,
+) -> AsyncIterator[tuple[socket.socket, tuple[str, int]]]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         accepting = asyncio.create_task(_run(server, script)) if script else None

@@ -9,31 +9,29 @@ import asyncio
 import dataclasses
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 import aiordma
 from aiordma import (
+    ChannelConfig,
     Listener,
 )
 from aiordma.wire import hello
 from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Refusal
 from tests.conftest import sockets
-from tests.foreign import CONFIG, LIMITS, HungUp, Wire, enter, nothing_left, proof
+from tests.foreign import CONFIG, LIMITS, REMEDY, HungUp, Wire, enter, nothing_left, proof
+
+pytestmark = pytest.mark.usefixtures("loop_kind")
 
 IMPATIENT = dataclasses.replace(CONFIG, connect_timeout_s=0.1)
-REMEDY = "same version on both ends"
 GRANT = Answer(LIMITS, 1, "tcp", b"s" * 16, b"k" * 32)
+CANNOT_BE = "the peer offers limits that cannot be"
 PREFACE = struct.Struct("<7scHHI")
 
 Script = Callable[[Wire], Awaitable[object]]
-
-
-@pytest.fixture(autouse=True)
-async def untouched() -> AsyncIterator[None]:
-    async with nothing_left():
-        yield
 
 
 def message(body: Body, kind: bytes = hello.CONTROL, *, version: int = hello.WIRE_VERSION) -> bytes:
@@ -52,6 +50,14 @@ def granting(**changed: Any) -> bytes:
 
 
 # A hostile client against `listen`
+
+
+@asynccontextmanager
+async def listening(config: ChannelConfig = CONFIG) -> AsyncIterator[Listener]:
+    """A listener, of which nothing may be left."""
+    async with nothing_left():
+        async with aiordma.listen(config=config) as listener:
+            yield listener
 
 
 async def refused(wire: Wire) -> str:
@@ -136,7 +142,7 @@ CLIENTS = [
 
 @pytest.mark.parametrize(("data", "texts"), CLIENTS)
 async def test_a_client_that_is_not_sound_is_told_so(data, texts):
-    async with aiordma.listen(config=CONFIG) as listener:
+    async with listening() as listener:
         wire = await Wire.dial(listener.address)
         await wire.write(data)
         wire.sock.shutdown(1)
@@ -148,7 +154,7 @@ async def test_a_client_that_is_not_sound_is_told_so(data, texts):
 
 
 async def test_a_peer_of_another_version_can_tell_from_the_refusal():
-    async with aiordma.listen(config=CONFIG) as listener:
+    async with listening() as listener:
         wire = await Wire.dial(listener.address)
         # More than was asked for, and unread when the refusal comes: it must not be lost by a reset.
         await wire.write(message(Hello(LIMITS, 1, ("tcp",)), version=2) + bytes(100_000))
@@ -178,7 +184,7 @@ async def lane_with(listener: Listener, shown: LaneProof) -> tuple[Wire, Body]:
 
 async def test_lane_tokens_that_are_wrong_or_used_twice_do_not_harm_the_channel():
     two = dataclasses.replace(CONFIG, lanes=2)
-    async with aiordma.listen(config=two) as listener:
+    async with listening(two) as listener:
         control, answer = await offered(listener, 2)
         first, body = await lane_with(listener, proof(answer, 0))
         assert body == proof(answer, 0, "server")
@@ -217,7 +223,7 @@ async def test_lane_tokens_that_are_wrong_or_used_twice_do_not_harm_the_channel(
 
 
 async def test_a_session_whose_lanes_never_come_is_given_up():
-    async with aiordma.listen(config=IMPATIENT) as listener:
+    async with listening(IMPATIENT) as listener:
         control, answer = await offered(listener, 1)
         assert aiordma.ring.BUDGET.used_bytes >= CONFIG.slots * CONFIG.slot_bytes
         with pytest.raises(HungUp):
@@ -242,7 +248,7 @@ async def test_a_session_whose_lanes_never_come_is_given_up():
     ],
 )
 async def test_a_client_that_falls_silent_is_dropped(data):
-    async with aiordma.listen(config=IMPATIENT) as listener:
+    async with listening(IMPATIENT) as listener:
         wire = await Wire.dial(listener.address)
         await wire.write(data)
         assert await wire.ended() == b""
@@ -251,7 +257,7 @@ async def test_a_client_that_falls_silent_is_dropped(data):
 
 
 async def test_clients_that_hang_up_in_the_handshake_leave_nothing():
-    async with aiordma.listen(config=CONFIG) as listener:
+    async with listening() as listener:
         for nbytes in (0, 1, 8, 20):
             wire = await Wire.dial(listener.address)
             await wire.write(message(Hello(LIMITS, 1, ("tcp",)))[:nbytes])
@@ -264,7 +270,7 @@ async def test_clients_that_hang_up_in_the_handshake_leave_nothing():
 
 async def test_a_crowd_of_silent_clients_does_not_stop_a_good_one():
     before = len(sockets())
-    async with aiordma.listen(config=CONFIG) as listener:
+    async with listening() as listener:
         crowd = [await Wire.dial(listener.address) for _ in range(300)]
         await a_good_one(listener)
         assert len(sockets()) - before - len(crowd) <= 256 + 1, "too many are held"

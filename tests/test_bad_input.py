@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import struct
-from collections.abc import AsyncIterator
 
 import msgspec
 import numpy as np
@@ -23,16 +22,28 @@ from aiordma import (
 )
 from aiordma.wire import control
 from aiordma.wire.control import Acked, Claim, Done, Message, MessageCredit, Open, OpenCredit
-from tests.foreign import AGAIN, CONFIG, REMEDY, ROLES, Foreign, connected, ends, nothing_left, row
+from aiordma.wire.frames import CreditHeader
+from tests.foreign import (
+    AGAIN,
+    CONFIG,
+    CONTROL_HEADER,
+    REMEDY,
+    ROLES,
+    Foreign,
+    connected,
+    ends,
+    fate,
+    row,
+)
+
+pytestmark = pytest.mark.usefixtures("loop_kind")
 
 FAST = dataclasses.replace(CONFIG, idle_timeout_s=0.08)
 
 
 @pytest.fixture(autouse=True)
-async def untouched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiordma.link._GRACE_S", 0.02)
-    async with nothing_left():
-        yield
 
 
 # Control frames
@@ -208,7 +219,7 @@ async def test_a_peer_that_falls_silent_while_a_transfer_is_open(role):
     async with connected(role, FAST) as (channel, foreign):
         await foreign.open()
         with pytest.raises(
-            PeerTimeout, match="the peer said nothing for .*or raise idle_timeout_s"
+            PeerTimeout, match=r"the peer said nothing for .*or raise idle_timeout_s"
         ):
             await channel.recv_tensor()
         await ends(
@@ -230,7 +241,7 @@ async def done_without_acked(foreign: Foreign) -> None:
 async def credits_twice(foreign: Foreign) -> None:
     await foreign.say(Claim(1))
     found = await foreign.lane_frame()
-    assert isinstance(found, tuple)
+    assert not isinstance(found, CreditHeader)
     await foreign.credit(1 << found[0].slot)
     await foreign.credit(0b1111_1111)
 
@@ -260,6 +271,27 @@ async def test_a_receiver_that_went_wrong(act, error, texts, role):
         with pytest.raises(error, match=texts[0]):
             await sending
         await ends(channel, foreign, error, texts)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("what", ["pings", "OPENs"])
+async def test_a_peer_that_sends_and_neither_reads_nor_acknowledges(what, role, monkeypatch):
+    monkeypatch.setattr("aiordma.wire.session._SPARE_BACKLOG_BYTES", 0)
+    async with connected(role) as (channel, foreign):
+        ping = CONTROL_HEADER.pack(2, control.Ping.kind, 0, 0) + msgspec.msgpack.encode([1])
+        failing = asyncio.create_task(fate(channel))
+        while not failing.done():
+            if what == "pings":
+                await foreign.control.write(ping * 1000)
+            else:
+                await foreign.open(manifest=b"", meta=b"m")
+            await asyncio.sleep(0)
+        error = failing.result()
+        assert type(error) is RemoteProtocolError
+        assert "goes on sending, and reads or acknowledges nothing" in str(error)
+        assert REMEDY in str(error)
+        assert channel.stats().kept_frames < 10_000
+        await foreign.ended()
 
 
 async def test_the_refusals_of_a_channel_that_is_over_name_the_first_cause():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -17,14 +17,14 @@ from aiordma import ChannelBroken, RemoteProtocolError
 from aiordma.wire import frames
 from aiordma.wire.control import Claim, Message
 from aiordma.wire.frames import ChunkHeader
-from tests.foreign import AGAIN, REMEDY, ROLES, Foreign, connected, ends, nothing_left, row
+from tests.foreign import AGAIN, REMEDY, ROLES, Foreign, connected, ends, row
+
+pytestmark = pytest.mark.usefixtures("loop_kind")
 
 
 @pytest.fixture(autouse=True)
-async def untouched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiordma.link._GRACE_S", 0.02)
-    async with nothing_left():
-        yield
 
 
 def chunk_frame(sequence: int = 1, **changed: Any) -> bytes:

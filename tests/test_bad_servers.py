@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -24,20 +24,15 @@ from aiordma import (
 )
 from aiordma.wire import hello
 from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Refusal
-from tests.foreign import CONFIG, LIMITS, Wire, bare_server, nothing_left, proof
+from tests.foreign import CONFIG, LIMITS, REMEDY, Wire, bare_server, proof
+
+pytestmark = pytest.mark.usefixtures("loop_kind")
 
 IMPATIENT = dataclasses.replace(CONFIG, connect_timeout_s=0.1)
-REMEDY = "same version on both ends"
 GRANT = Answer(LIMITS, 1, "tcp", b"s" * 16, b"k" * 32)
 PREFACE = struct.Struct("<7scHHI")
 
 Script = Callable[[Wire], Awaitable[object]]
-
-
-@pytest.fixture(autouse=True)
-async def untouched() -> AsyncIterator[None]:
-    async with nothing_left():
-        yield
 
 
 def message(body: Body, kind: bytes = hello.CONTROL, *, version: int = hello.WIRE_VERSION) -> bytes:

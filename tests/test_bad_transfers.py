@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import re
 import tracemalloc
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -32,22 +31,20 @@ from aiordma.ring import SlotState
 from aiordma.wire import control
 from aiordma.wire.control import Abort, Acked, Claim, Done, Message, Open, Unclaim
 from aiordma.wire.frames import CreditHeader
-from tests.foreign import CONFIG, ROLES, Foreign, connected, nothing_left
+from tests.foreign import CONFIG, ROLES, Foreign, connected
+
+pytestmark = pytest.mark.usefixtures("loop_kind")
 
 FAST = dataclasses.replace(CONFIG, idle_timeout_s=0.08)
 NONSENSE = (0, 1, 7, 1 << 40, (1 << 62) - 1)
-
-
-@pytest.fixture(autouse=True)
-async def untouched() -> AsyncIterator[None]:
-    async with nothing_left():
-        yield
 
 
 async def still_works(channel: Channel, foreign: Foreign) -> None:
     """A transfer and a message each way, and every slot is back."""
     receiving = asyncio.create_task(channel.recv_tensors())
     transfer = await foreign.open(5000)
+    while (await foreign.hear(Claim)).transfer != transfer:
+        pass
     for offset, nbytes in ((0, 4096), (4096, 904)):
         await foreign.chunk(transfer, b"x" * nbytes, offset=offset)
     assert (await receiving).arrays["t"].tobytes() == b"x" * 5000
@@ -234,6 +231,7 @@ async def test_a_damaged_payload_costs_its_transfer(role):
     async with connected(role) as (channel, foreign):
         receiving = asyncio.create_task(channel.recv_tensors())
         transfer = await foreign.open(8192)
+        await foreign.hear(Claim)
         await foreign.chunk(transfer, bytes(4096), offset=0)
         await foreign.chunk(transfer, bytes(4096), offset=4096, check=1)
         with pytest.raises(
@@ -295,15 +293,17 @@ async def test_a_frame_that_comes_twice_is_dropped(role):
 
 
 @pytest.mark.parametrize("role", ROLES)
-async def test_words_on_transfers_that_never_were_are_ignored(role):
+async def test_words_on_transfers_that_are_over_or_never_were_are_ignored(role):
     async with connected(role) as (channel, foreign):
+        await still_works(channel, foreign)  # so that 1 is over, both ways
+        await foreign.say(Acked(1))
+        await foreign.say(Done(1))
         for transfer in NONSENSE:
-            await foreign.say(Acked(transfer))
-            await foreign.say(Done(transfer))
             await foreign.say(Unclaim(transfer))
             await foreign.say(Abort(transfer, True, "aborted", ""))
             await foreign.say(Abort(transfer, False, "no such cause", ""))
         await foreign.say(Claim(0))
+        await foreign.say(Claim(1))
         await foreign.say(control.Pong(1 << 61))
         await still_works(channel, foreign)
 
@@ -341,6 +341,7 @@ async def test_a_transfer_that_the_peer_gives_up(cause, error, text, role):
         assert type(caught.value) is error
 
         receiving = asyncio.create_task(channel.recv_tensors())
+        await foreign.hear(Claim)  # somebody waits
         transfer = await foreign.open(100_000)
         await foreign.chunk(transfer, bytes(4096))
         await foreign.say(Abort(transfer, True, cause, "because"))
@@ -359,7 +360,7 @@ async def test_a_transfer_that_stands_still(role):
         abort = await foreign.hear(Abort)
         assert (abort.transfer, abort.cause) == (transfer, "timeout")
         with pytest.raises(
-            TransferTimeout, match="transfer 1 made no progress for 0.08 s: no chunk came"
+            TransferTimeout, match=r"transfer 1 made no progress for 0.08 s: no chunk came"
         ):
             await receiving
 
@@ -368,7 +369,7 @@ async def test_a_transfer_that_stands_still(role):
         await foreign.say(Claim(opened.transfer))
         abort = await foreign.hear(Abort)
         assert (abort.transfer, abort.by_sender, abort.cause) == (opened.transfer, True, "timeout")
-        with pytest.raises(TransferTimeout, match="takes no chunks.*raise idle_timeout_s"):
+        with pytest.raises(TransferTimeout, match=r"takes no chunks.*raise idle_timeout_s"):
             await sending
         await give_back_all(channel, foreign)
         await still_works(channel, foreign)

@@ -24,11 +24,12 @@ async def pair(no_leaks: None) -> AsyncIterator[tuple[Channel, Channel]]:
 
 
 async def stuck(left: Channel, right: Channel, send: asyncio.Task[None]) -> None:
-    """Until everything that may flow has: then the sender must still wait, and little was kept."""
+    """The receiver has seen the OPEN: the sender must wait, unclaimed, and little was kept."""
     for _ in range(20):
         await left.ping()
-        await right.ping()
     assert not send.done()
+    (transfer,) = left._link.sends
+    assert not left._link.session.sender.is_claimed(transfer)
     stats = right.stats()
     assert stats.received_bytes <= 8 << 20  # one window
     assert stats.copied_bytes <= stats.received_bytes

@@ -13,8 +13,12 @@ from aiordma.errors import ChannelClosed, TensorError
 from aiordma.queues import Fifo, Gate
 from aiordma.wire.credit import SendWindow
 
+ticks = st.booleans()  # whether the loop turns after the step
 steps = st.lists(
-    st.tuples(st.sampled_from(["take", "put", "put", "cancel", "turn"]), st.integers(0, 99)),
+    st.tuples(
+        st.sampled_from(["take", "take", "put", "snatch", "cancel"]), st.integers(0, 2), ticks
+    ),
+    min_size=10,
     max_size=40,
 )
 
@@ -29,6 +33,13 @@ async def turn() -> None:
     """Let everything run that can."""
     for _ in range(4):
         await asyncio.sleep(0)
+
+
+def cancel_one(tasks: list[asyncio.Task[Any]], n: int) -> None:
+    """Cancel one of those that wait, the first ones rather."""
+    waiting = [task for task in tasks if not task.done()]
+    if waiting:
+        waiting[n % len(waiting)].cancel()
 
 
 def outcome(tasks: list[asyncio.Task[Any]]) -> list[Any]:
@@ -60,7 +71,7 @@ def test_cancelled_takers_lose_no_item_and_no_order(steps: Any) -> None:
     run(_cancelled_takers(steps))
 
 
-async def _cancelled_takers(steps: list[tuple[str, int]]) -> None:
+async def _cancelled_takers(steps: list[tuple[str, int, bool]]) -> None:
     accepted: list[int] = []
     waiting: list[int] = []
 
@@ -71,15 +82,15 @@ async def _cancelled_takers(steps: list[tuple[str, int]]) -> None:
     fifo: Fifo[int] = Fifo(undo=undo, on_waiting=waiting.append)
     tasks: list[asyncio.Task[int]] = []
     put = 0
-    for step, n in steps:
+    for step, n, is_turn in steps:
         if step == "take":
             tasks.append(asyncio.create_task(fifo.take(accepted.append)))
-        elif step == "put":
+        if step in ("put", "snatch"):
             fifo.put(put)
             put += 1
-        elif step == "cancel" and tasks:
-            tasks[n % len(tasks)].cancel()
-        elif step == "turn":
+        if step in ("snatch", "cancel"):  # "snatch": the taker is cancelled with the item in hand
+            cancel_one(tasks, n)
+        if is_turn:
             await asyncio.sleep(0)
     await turn()
     taken = outcome(tasks)
@@ -107,6 +118,7 @@ async def test_two_takers_cancelled_with_items_in_hand_keep_the_order() -> None:
     for task in tasks:
         task.cancel()
     await turn()
+    assert len(fifo) == 3
     assert [await fifo.take() for _ in range(3)] == ["first", "second", "third"]
 
 
@@ -202,7 +214,14 @@ async def test_after_a_failure_items_come_first_and_then_each_gets_an_error_of_i
 
 
 gate_steps = st.lists(
-    st.tuples(st.sampled_from(["enter", "enter", "grant", "cancel", "turn"]), st.integers(0, 99)),
+    st.one_of(
+        st.tuples(st.just("enter"), st.sampled_from([0, 1, 20, 50]), ticks),
+        st.tuples(
+            st.sampled_from(["grant", "snatch"]), st.sampled_from([0, 1, 5, 60, 61, 62]), ticks
+        ),
+        st.tuples(st.just("cancel"), st.sampled_from([0, 20, 40]), ticks),
+    ),
+    min_size=10,
     max_size=40,
 )
 
@@ -212,7 +231,7 @@ def test_cancelled_senders_spend_nothing_and_block_nobody(steps: Any) -> None:
     run(_cancelled_senders(steps))
 
 
-async def _cancelled_senders(steps: list[tuple[str, int]]) -> None:
+async def _cancelled_senders(steps: list[tuple[str, int, bool]]) -> None:
     window = SendWindow(2, 50)
     gate = Gate(window)
     order: list[int] = []
@@ -224,17 +243,17 @@ async def _cancelled_senders(steps: list[tuple[str, int]]) -> None:
         await gate.enter(sizes[number])
         order.append(number)
 
-    for step, n in steps:
+    for step, n, is_turn in steps:
         if step == "enter":
-            sizes.append(n % 51)
+            sizes.append(n)
             tasks.append(asyncio.create_task(send(len(tasks))))
-        elif step == "cancel" and tasks:
-            tasks[n % len(tasks)].cancel()
-        elif step == "grant":
+        if step in ("grant", "snatch"):
             count, nbytes = count + n % 3, nbytes + n // 3
             window.grant(count, nbytes)
             gate.open()
-        elif step == "turn":
+        if step in ("snatch", "cancel"):
+            cancel_one(tasks, n // 20)
+        if is_turn:
             await asyncio.sleep(0)
     await turn()
     spent = [sizes[number] for number in order]
@@ -265,6 +284,9 @@ async def test_a_large_one_that_waits_holds_back_the_small_ones_behind_it() -> N
     await turn()
     small = asyncio.create_task(gate.enter(1))
     await turn()
+    window.grant(9, 10)  # news that changes nothing
+    gate.open()
+    await turn()
     assert not small.done()
     large.cancel()
     await turn()
@@ -272,6 +294,40 @@ async def test_a_large_one_that_waits_holds_back_the_small_ones_behind_it() -> N
     assert small.done()
     assert window.fits(3)
     assert not window.fits(4)
+
+
+async def test_a_newcomer_does_not_overtake_who_was_just_let_in() -> None:
+    window = SendWindow(1, 10)
+    gate = Gate(window)
+    order: list[str] = []
+
+    async def send(name: str) -> None:
+        await gate.enter(1)
+        order.append(name)
+
+    await gate.enter(1)
+    first = asyncio.create_task(send("first"))
+    await turn()
+    second = asyncio.create_task(send("second"))  # has not run yet when the gate opens
+    window.grant(3, 10)
+    gate.open()
+    await asyncio.gather(first, second)
+    assert order == ["first", "second"]
+
+
+async def test_who_is_cancelled_when_let_in_gives_the_room_to_the_next() -> None:
+    window = SendWindow(1, 10)
+    gate = Gate(window)
+    await gate.enter(1)
+    first, second = (asyncio.create_task(gate.enter(9)) for _ in range(2))
+    await turn()
+    window.grant(2, 10)
+    gate.open()
+    first.cancel()
+    await turn()
+    assert first.cancelled()
+    assert second.done()
+    assert not window.fits(0)
 
 
 async def test_a_gate_that_failed_lets_nobody_in() -> None:

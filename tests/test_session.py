@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from aiordma.errors import (
@@ -130,6 +130,7 @@ class Sessions(RuleBasedStateMachine):
 
 
 TestSessions = Sessions.TestCase
+TestSessions.settings = settings(stateful_step_count=25)
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -25,6 +25,7 @@ class MemoryLane:
         self._queue: deque[tuple[ChunkHeader, Sequence[memoryview]] | int] = deque()
         self._chunks = 0
         self._is_scheduled = False
+        self._is_over = False
 
     @classmethod
     def pair(cls, loop: asyncio.AbstractEventLoop) -> tuple[MemoryLane, MemoryLane]:
@@ -35,7 +36,7 @@ class MemoryLane:
 
     @property
     def room(self) -> int:
-        return max(0, _ROOM - self._chunks)
+        return 0 if self._is_over else max(0, _ROOM - self._chunks)
 
     def start(self, handler: LaneHandler) -> None:
         self._handler = handler
@@ -61,6 +62,7 @@ class MemoryLane:
                 self._queue[i] = (item[0], [memoryview(b"".join(item[1]))])
 
     async def aclose(self) -> None:
+        self._is_over = True
         peer, self._peer, self._handler = self._peer, None, None
         self._queue.clear()
         if peer is not None and peer._peer is self:
@@ -90,16 +92,15 @@ class MemoryLane:
                 self._handler.sent(item[0])
         self._schedule()
 
-    def _fail(self, exc: Exception) -> None:
+    def _ended(self) -> None:
+        self._peer = None
+        self._fail(None)
+
+    def _fail(self, exc: Exception | None) -> None:
+        self._is_over = True
         handler, self._handler = self._handler, None
         if handler is not None:
             handler.lost(exc)
-
-    def _ended(self) -> None:
-        self._peer = None
-        handler, self._handler = self._handler, None
-        if handler is not None:
-            handler.lost(None)
 
 
 def _copy(chunk: tuple[ChunkHeader, Sequence[memoryview]], handler: LaneHandler) -> None:

@@ -151,6 +151,12 @@ class ControlStream:
         self._received = 0
         self._acked = 0
         self._unacked_bytes = 0
+        self._kept_bytes = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """The size of these frames."""
+        return self._kept_bytes
 
     @property
     def kept(self) -> int:
@@ -168,6 +174,7 @@ class ControlStream:
         self._acked, self._unacked_bytes = self._received, 0
         if sequence:
             self._kept.append((sequence, data))
+            self._kept_bytes += len(data)
         self._out.append(data)
 
     def data_to_send(self) -> bytes:
@@ -225,7 +232,7 @@ class ControlStream:
         if ack > self._sent:
             raise RemoteProtocolError(f"the peer acknowledges frame {ack}; {self._sent} were sent")
         while self._kept and self._kept[0][0] <= ack:
-            self._kept.popleft()
+            self._kept_bytes -= len(self._kept.popleft()[1])
 
 
 def _decode(kind: int, sequenced: bool, body: bytes) -> Frame:

@@ -2,8 +2,8 @@
 
 A transfer's chunks flow when the receiver has claimed it. Until then it may send one, and all unclaimed
 transfers together hold at most a quarter of the slots. Claimed transfers take turns, and share the other
-three quarters: each holds at most its share, but may always hold two. So neither a transfer that nobody
-asks for nor one whose consumer is slow keeps the others from moving.
+three quarters: each takes at most its share, but may always hold two. So a transfer that nobody asks for
+never keeps the others from moving, and one whose consumer is slow keeps no more slots than were its share.
 """
 
 from __future__ import annotations

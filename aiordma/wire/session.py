@@ -35,7 +35,9 @@ from aiordma.wire.receiving import Incoming, Receiver
 from aiordma.wire.sending import Sender
 
 _OPEN_OVERHEAD_BYTES = 64
+_SPARE_BACKLOG_BYTES = 8 << 20
 _MAX_REASON_CHARS = 1000
+_SLACK_BYTES = 1 << 20
 
 _CAUSES: dict[str, type[TransferError]] = {
     "aborted": TransferAborted,
@@ -95,6 +97,10 @@ class Session:
         self.sender = Sender([peers.slots] * lanes)
         self.receiver = Receiver(self._opens_in)
         self._chunk_bytes = peers.slot_bytes
+        self._max_backlog_bytes = (
+            2 * (peers.message_bytes + peers.manifest_bytes) + _SPARE_BACKLOG_BYTES
+        )
+        self._most_unread_bytes = 2 * (peers.message_bytes + peers.manifest_bytes) + _SLACK_BYTES
         self._control = ControlStream(
             max(ours.message_bytes, ours.manifest_bytes) + _OPEN_OVERHEAD_BYTES
         )
@@ -105,9 +111,26 @@ class Session:
         return self._messages_in.outstanding
 
     @property
+    def most_unread_bytes(self) -> int:
+        """The most control bytes that can wait for a peer that reads: its windows, and as much for the rest."""
+        return self._most_unread_bytes
+
+    @property
     def kept_frames(self) -> int:
         """Control frames that the peer has not acknowledged yet."""
         return self._control.kept
+
+    def check_backlog(self, unsent_bytes: int) -> None:
+        """Raise `RemoteProtocolError` if more waits for the peer than the windows and their answers can explain.
+
+        A peer that makes us answer, and reads or acknowledges nothing, would fill our memory. `unsent_bytes`: what
+        the connection has not sent yet.
+        """
+        backlog_bytes = max(unsent_bytes, self._control.kept_bytes)
+        if backlog_bytes > self._max_backlog_bytes:
+            raise RemoteProtocolError(
+                f"the peer goes on sending, and reads or acknowledges nothing: {backlog_bytes} bytes wait for it"
+            )
 
     def data_to_send(self) -> bytes:
         """Control bytes for the peer."""

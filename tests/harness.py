@@ -1,0 +1,228 @@
+"""What the tests of lanes and channels run on: pairs in one process, and what must be true of them afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import aiordma
+from aiordma import Channel, ChannelConfig
+from aiordma.assembly import memory_pair
+from aiordma.lanes.base import Lane, LaneHandler
+from aiordma.lanes.memory import MemoryLane
+from aiordma.lanes.tcp import TcpLane
+from aiordma.wire.frames import ChunkHeader
+from tests.conftest import LOOPS
+
+LANES = ("memory", "reordered", "tcp")
+"""Every lane there is; "reordered" is a memory lane whose chunks overtake each other."""
+
+_PATIENCE_S = 20.0
+"""How long to wait for what must come, on a machine that may be busy. Nothing ever waits so long for nothing."""
+
+
+class ReorderingLane:
+    """A memory lane that keeps a few chunks back, and sends them in any order; credits overtake them all.
+
+    It is a lane and, for the lane within, a handler. The seed is fixed: a failure comes again.
+    """
+
+    kind = "memory"
+    _DEPTH = 4
+
+    def __init__(self, inner: MemoryLane, loop: asyncio.AbstractEventLoop) -> None:
+        self._inner = inner
+        self._loop = loop
+        self._handler: LaneHandler | None = None
+        self._held: list[tuple[ChunkHeader, Sequence[memoryview]]] = []
+        self._random = random.Random(6)
+
+    @classmethod
+    def pair(cls, loop: asyncio.AbstractEventLoop) -> tuple[ReorderingLane, ReorderingLane]:
+        left, right = MemoryLane.pair(loop)
+        return cls(left, loop), cls(right, loop)
+
+    @property
+    def room(self) -> int:
+        return max(0, self._DEPTH - len(self._held)) if self._inner.room else 0
+
+    def start(self, handler: LaneHandler) -> None:
+        self._handler = handler
+        self._inner.start(self)
+
+    def post(self, header: ChunkHeader, parts: Sequence[memoryview]) -> None:
+        self._held.append((header, parts))
+        self._loop.call_soon(self._pump)
+
+    def credit(self, slots: int) -> None:
+        self._inner.credit(slots)
+
+    def recall(self, transfer: int, *, is_sending: bool) -> None:
+        self._inner.recall(transfer, is_sending=is_sending)
+        if is_sending:
+            self._held = [
+                (header, [memoryview(b"".join(parts))] if header.transfer == transfer else parts)
+                for header, parts in self._held
+            ]
+
+    async def aclose(self) -> None:
+        self._held.clear()
+        await self._inner.aclose()
+
+    def _pump(self) -> None:
+        while self._held and self._inner.room:
+            self._inner.post(*self._held.pop(self._random.randrange(len(self._held))))
+
+    # What the lane within says
+
+    def place(self, header: ChunkHeader) -> memoryview:
+        assert self._handler is not None
+        return self._handler.place(header)
+
+    def arrived(self, header: ChunkHeader) -> None:
+        assert self._handler is not None
+        self._handler.arrived(header)
+
+    def sent(self, header: ChunkHeader) -> None:
+        assert self._handler is not None
+        # The lane within makes room only after this.
+        self._loop.call_soon(self._pump)
+        self._handler.sent(header)
+
+    def credited(self, slots: int) -> None:
+        assert self._handler is not None
+        self._handler.credited(slots)
+
+    def lost(self, exc: Exception | None) -> None:
+        assert self._handler is not None
+        self._handler.lost(exc)
+
+
+def lane_pair(kind: str) -> tuple[Lane, Lane]:
+    """Two lanes that are each other's peer, not started."""
+    loop = asyncio.get_running_loop()
+    if kind == "memory":
+        return MemoryLane.pair(loop)
+    if kind == "reordered":
+        return ReorderingLane.pair(loop)
+    near, far = socket_pair()
+    return TcpLane(near, loop), TcpLane(far, loop)
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """A non-blocking TCP connection over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    for sock in (near, far):
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return near, far
+
+
+@asynccontextmanager
+async def channel_pair(
+    kind: str, left: ChannelConfig | None = None, right: ChannelConfig | None = None
+) -> AsyncIterator[tuple[Channel, Channel]]:
+    """Both ends of a channel over lanes of this kind; `right` has the left one's configuration by default."""
+    right = right or left
+    async with contextlib.AsyncExitStack() as stack:
+        if kind == "tcp":
+            listener = await stack.enter_async_context(aiordma.listen(config=right))
+            near = await stack.enter_async_context(aiordma.connect(*listener.address, config=left))
+            far = await listener.accept()
+        else:
+            lane = ReorderingLane if kind == "reordered" else MemoryLane
+            with mock.patch("aiordma.assembly.MemoryLane", lane):
+                near, far = await memory_pair(left, right)
+            await stack.enter_async_context(near)
+        async with far:
+            yield near, far
+
+
+def run(coroutine: Coroutine[Any, Any, None], loop_kind: str = "asyncio") -> None:
+    """Run on a loop of its own: a hypothesis test cannot be `async`."""
+    with asyncio.Runner(loop_factory=LOOPS[loop_kind]) as runner:
+        runner.run(coroutine)
+
+
+async def turns(count: int) -> None:
+    """Let the loop turn so often."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object], what: str = "") -> None:
+    """Let the loop turn until it is so."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"it never came to be: {what or condition}"
+        await asyncio.sleep(0)
+
+
+async def round_trips(*channels: Channel, count: int = 3) -> None:
+    """Until whatever was on its way when this was called has come, and been answered."""
+    for _ in range(count):
+        for channel in channels:
+            await channel.ping()
+
+
+def is_at_rest(channel: Channel) -> bool:
+    """Nothing is open, nothing under way, every slot where it belongs."""
+    stats = channel.stats()
+    held = sum(lane.held_slots for lane in stats.lanes)
+    return not (stats.in_flight_chunks or held or stats.open_sends or stats.open_receives)
+
+
+async def at_rest(*channels: Channel) -> None:
+    """Every slot comes back, without any more being asked."""
+    await until(lambda: all(map(is_at_rest, channels)), f"{[c.stats() for c in channels]} at rest")
+
+
+async def usable(left: Channel, right: Channel) -> None:
+    """A message and a transfer of several chunks go each way, and both ends come to rest."""
+    for near, far in ((left, right), (right, left)):
+        array = noise(2 * near._link.session._chunk_bytes + 100)
+        _, got, _, message = await asyncio.gather(
+            near.send_tensor(array, confirm=True), far.recv_tensor(), near.send("well?"), far.recv()
+        )
+        assert np.array_equal(got, array)
+        assert message == "well?"
+    await at_rest(left, right)
+
+
+_NOISE = np.frombuffer(random.Random(9).randbytes(16 << 20), np.uint8)
+
+
+def noise(nbytes: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Bytes of which no two ranges are alike, nor those of two seeds; at most 8 MiB."""
+    first = seed * 4099
+    assert first + nbytes <= _NOISE.nbytes
+    return _NOISE[first : first + nbytes].copy()
+
+
+@asynccontextmanager
+async def program(source: str, *args: object) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Another Python process that runs this source; killed if it still runs at the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", source, *map(str, args)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()

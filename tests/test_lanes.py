@@ -1,0 +1,443 @@
+"""What every lane promises: one set of tests, which each of them runs on both loops."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from aiordma.errors import ChannelBroken, RemoteProtocolError
+from aiordma.lanes.base import Lane
+from aiordma.lanes.tcp import TcpLane
+from aiordma.wire import frames
+from aiordma.wire.frames import ChunkHeader
+from tests.foreign import nothing_left
+from tests.harness import LANES, lane_pair, socket_pair, turns, until
+
+pytestmark = pytest.mark.usefixtures("loop_kind")
+
+LARGE = 16 << 20
+"""More than the kernel takes off a sender whose peer does not read, and more than a turn of the loop moves."""
+CANARY = 0xA5
+
+
+@dataclass(eq=False)
+class User:
+    """Uses a lane: keeps what it is told, in order, and posts its backlog whenever there is room."""
+
+    lane: Lane
+    events: list[tuple[str, object]] = field(default_factory=list)
+    payloads: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    targets: dict[tuple[int, int], bytearray] = field(default_factory=dict)
+    backlog: list[tuple[ChunkHeader, list[memoryview]]] = field(default_factory=list)
+    refuses: bool = False
+    was_touched: bool = False
+
+    def start(self) -> User:
+        self.lane.start(self)
+        return self
+
+    def send(self, *chunks: tuple[ChunkHeader, list[memoryview]]) -> None:
+        self.backlog += chunks
+        while self.backlog and self.lane.room:
+            self.lane.post(*self.backlog.pop(0))
+
+    def told(self, name: str) -> list[Any]:
+        return [what for event, what in self.events if event == name]
+
+    def has_sent_and_got(self, count: int) -> Callable[[], bool]:
+        return lambda: len(self.told("arrived")) == len(self.told("sent")) == count
+
+    # The handler
+
+    def place(self, header: ChunkHeader) -> memoryview:
+        self.events.append(("place", header))
+        if self.refuses:
+            raise RemoteProtocolError("not this one")
+        target = self.targets.setdefault(_key(header), bytearray([CANARY]) * header.length)
+        if ("arrived", header) not in self.events and self.told("place").count(header) == 1:
+            self.was_touched |= any(byte != CANARY for byte in (target[0], target[-1]))
+        return memoryview(target)[: header.length]
+
+    def arrived(self, header: ChunkHeader) -> None:
+        self.events.append(("arrived", header))
+        self.payloads[_key(header)] = bytes(self.targets[_key(header)][: header.length])
+
+    def sent(self, header: ChunkHeader) -> None:
+        self.events.append(("sent", header))
+        self.send()
+
+    def credited(self, slots: int) -> None:
+        self.events.append(("credited", slots))
+        if self.refuses:
+            raise RemoteProtocolError("not mine")
+
+    def lost(self, exc: Exception | None) -> None:
+        self.events.append(("lost", exc))
+
+
+def _key(header: ChunkHeader) -> tuple[int, int]:
+    return header.transfer, header.offset
+
+
+def chunk(payload: bytes | bytearray, *, transfer: int = 1, offset: int = 0, slot: int = 0):
+    return ChunkHeader(slot, len(payload), transfer, offset, None), [memoryview(payload)]
+
+
+@pytest.fixture(params=LANES)
+async def users(request) -> AsyncIterator[tuple[User, User]]:
+    """Two users of a lane, not started; afterwards nothing is left, and nobody was told twice that it is lost."""
+    async with nothing_left():
+        left, right = map(User, lane_pair(request.param))
+        yield left, right
+        for user in (left, right):
+            await user.lane.aclose()
+            assert len(user.told("lost")) <= 1
+            assert not user.was_touched, "bytes were stored before the place was asked"
+
+
+@pytest.fixture
+def is_ordered(request) -> bool:
+    return "reordered" not in request.node.name
+
+
+# Chunks
+
+
+@pytest.mark.parametrize("nbytes", [1, 63, 64, 65, 4096, (1 << 20) + 1, LARGE])
+async def test_a_chunk_comes_whole_to_where_it_was_placed(users, nbytes):
+    left, right = (user.start() for user in users)
+    header, parts = chunk(random.Random(nbytes).randbytes(nbytes), transfer=7, offset=128)
+    assert left.lane.room
+    left.send((header, parts))
+    await until(lambda: right.payloads)
+    assert right.events == [("place", header), ("arrived", header)]
+    assert right.payloads[7, 128] == parts[0]
+    await until(lambda: left.events)
+    assert left.events == [("sent", header)]
+
+
+async def test_chunks_both_ways_and_each_is_told_once(users, is_ordered):
+    rng = random.Random(1)
+    chunks = [chunk(rng.randbytes(rng.randint(1, 200_000)), offset=i) for i in range(60)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.send(*chunks)
+    expected = [header for header, _ in chunks]
+    for user in users:
+        await until(user.has_sent_and_got(len(chunks)))
+        assert user.payloads == {_key(header): bytes(parts[0]) for header, parts in chunks}
+        for name in ("arrived", "sent"):
+            told = user.told(name)
+            assert sorted(told) == sorted(expected)
+            assert (told == expected) == is_ordered
+        assert user.lane.room
+
+
+async def test_room_is_spent_and_comes_back(users):
+    left, right = users
+    room = left.lane.room
+    for i in range(left.lane.room):
+        assert left.lane.room > 0
+        left.lane.post(*chunk(bytes(LARGE), offset=i))
+    assert left.lane.room == 0
+    left.start()
+    right.start()
+    await until(lambda: len(right.payloads) == room)
+    await until(lambda: left.lane.room == room)
+    assert len(left.told("sent")) == room > 0
+
+
+async def test_parts_are_gathered(users):
+    left, right = (user.start() for user in users)
+    rng = random.Random(2)
+    pieces = [rng.randbytes(rng.choice([1, 2, 7, 64, 3000])) for _ in range(256)]
+    whole = b"".join(pieces)
+    header = ChunkHeader(0, len(whole), 1, 0, None)
+    left.send((header, [memoryview(piece) for piece in pieces]))
+    left.send(chunk(b"next", offset=1))
+    await until(lambda: len(right.payloads) == 2)
+    assert right.payloads == {(1, 0): whole, (1, 1): b"next"}
+
+
+async def test_a_chunk_is_posted_by_reference(users):
+    left, right = users
+    left.start()
+    payload = bytearray(LARGE)
+    left.send(chunk(payload))
+    await turns(3)
+    payload[-1] = 1
+    right.start()
+    await until(lambda: right.payloads)
+    assert right.payloads[1, 0][-1] == 1
+
+
+# Credits
+
+
+async def test_credits_need_no_room_and_come_before_the_backlog(users):
+    left, right = users
+    left.start()
+    left.send(*(chunk(bytes(1 << 20), offset=i) for i in range(40)))
+    await until(lambda: left.backlog)
+    for slot in (0, 3, 255):
+        left.lane.credit(1 << slot)
+    right.start()
+    await until(lambda: len(right.payloads) == 40)
+    credits_ = right.told("credited")
+    assert sum(credits_) == 1 | 1 << 3 | 1 << 255, "lost, doubled or merged wrongly"
+    last = max(i for i, (name, _) in enumerate(right.events) if name == "credited")
+    assert [name for name, _ in right.events[last:]].count("arrived") > 20
+
+
+async def test_credits_alone(users):
+    left, right = (user.start() for user in users)
+    for i in range(100):
+        right.lane.credit(1 << i)
+        await turns(i % 3)
+    await until(lambda: sum(left.told("credited")) == (1 << 100) - 1)
+
+
+# Taking memory back
+
+
+async def test_a_chunk_that_is_recalled_by_its_sender_still_comes_as_it_was(users):
+    left, right = users
+    left.start()
+    buffers = {i: bytearray(random.Random(i).randbytes(LARGE // 4)) for i in range(8)}
+    wanted = {(1 + i % 2, i): bytes(buffer) for i, buffer in buffers.items()}
+    left.send(*(chunk(buffer, transfer=1 + i % 2, offset=i) for i, buffer in buffers.items()))
+    posted = [i for i in buffers if (1 + i % 2, i) not in {_key(h) for h, _ in left.backlog}]
+    left.backlog.clear()
+    await turns(2)
+    for transfer in (1, 2):
+        left.lane.recall(transfer, is_sending=True)
+    for buffer in buffers.values():
+        buffer[:] = bytes(len(buffer))
+    right.start()
+    await until(lambda: len(right.payloads) == len(posted))
+    assert posted
+    for i in posted:
+        assert right.payloads[1 + i % 2, i] == wanted[1 + i % 2, i]
+    left.send(chunk(b"in step", transfer=3))
+    await until(lambda: (3, 0) in right.payloads)
+    assert right.payloads[3, 0] == b"in step"
+
+
+async def test_a_recall_of_another_transfer_or_direction_changes_nothing(users):
+    left, right = users
+    left.start()
+    payload = bytearray(LARGE)
+    left.send(chunk(payload))
+    left.lane.recall(2, is_sending=True)
+    left.lane.recall(1, is_sending=False)
+    payload[-1] = 1
+    right.start()
+    await until(lambda: right.payloads)
+    assert right.payloads[1, 0][-1] == 1
+    right.lane.recall(1, is_sending=False)
+
+
+async def test_a_destination_that_is_recalled_is_written_no_more(users):
+    left, right = (user.start() for user in users)
+    payload = random.Random(3).randbytes(LARGE)
+    left.send(chunk(payload))
+    await until(lambda: right.told("place"))
+    old = right.targets[1, 0]
+    was_under_way = not right.payloads
+    if was_under_way:
+        right.targets[1, 0] = bytearray(LARGE)
+    right.lane.recall(2, is_sending=False)
+    right.lane.recall(1, is_sending=False)
+    old[:] = bytes([CANARY]) * LARGE
+    left.send(chunk(b"in step", offset=LARGE))
+    await until(lambda: (1, LARGE) in right.payloads)
+    assert right.payloads == {(1, 0): payload, (1, LARGE): b"in step"}
+    assert len(right.told("place")) == 2 + was_under_way
+    assert old == bytes([CANARY]) * LARGE
+
+
+# Ends
+
+
+async def test_the_end_is_told_once_and_to_the_other_side_only(users):
+    left, right = (user.start() for user in users)
+    left.send(chunk(b"bye"))
+    await until(lambda: left.told("sent"))
+    await left.lane.aclose()
+    await until(lambda: right.told("lost"))
+    await asyncio.gather(left.lane.aclose(), left.lane.aclose())
+    await right.lane.aclose()
+    await turns(5)
+    assert right.payloads == {(1, 0): b"bye"}
+    assert right.told("lost") == [None]
+    assert not left.told("lost")
+    assert left.lane.room == right.lane.room == 0
+
+
+@pytest.mark.parametrize("what", ["chunk", "credit"])
+async def test_what_the_handler_refuses_ends_the_lane_there(users, what):
+    left, right = (user.start() for user in users)
+    right.refuses = True
+    if what == "chunk":
+        left.send(*(chunk(bytes(1000), offset=i) for i in range(5)))
+    else:
+        left.lane.credit(1)
+        left.lane.credit(2)
+    await until(lambda: right.told("lost"))
+    await turns(10)
+    (error,) = right.told("lost")
+    assert isinstance(error, RemoteProtocolError)
+    assert len(right.told("place") + right.told("credited")) == 1
+    assert not right.payloads
+    assert right.lane.room == 0
+
+
+async def test_after_aclose_no_memory_is_written(users):
+    left, right = (user.start() for user in users)
+    left.send(chunk(random.Random(4).randbytes(LARGE)))
+    await until(lambda: right.told("place"))
+    before = list(right.events)
+    await right.lane.aclose()
+    target = right.targets[1, 0]
+    target[:] = bytes([CANARY]) * LARGE
+    await until(lambda: left.told("lost") or left.told("sent"))
+    await turns(5)
+    assert right.events == before
+    assert target == bytes([CANARY]) * LARGE
+
+
+async def test_after_aclose_no_memory_is_read(users):
+    left, right = users
+    left.start()
+    payload = bytearray(LARGE)
+    left.send(chunk(payload))
+    await turns(2)
+    await left.lane.aclose()
+    payload[:] = b"\x01" * LARGE
+    right.start()
+    await until(lambda: right.told("lost"))
+    assert not right.payloads
+    assert 1 not in right.targets.get((1, 0), b"")
+    assert not left.events
+
+
+# TCP: what only a stream of bytes can do
+
+
+@pytest.fixture
+async def raw() -> AsyncIterator[tuple[User, socket.socket]]:
+    """A TCP lane's user, and a bare socket at the other end."""
+    async with nothing_left():
+        near, far = socket_pair()
+        user = User(TcpLane(near, asyncio.get_running_loop())).start()
+        yield user, far
+        far.close()
+        await user.lane.aclose()
+        await user.lane.aclose()
+        assert len(user.told("lost")) <= 1
+
+
+def frame(payload: bytes, sequence: int, offset: int = 0) -> bytes:
+    header, _ = chunk(payload, offset=offset)
+    return frames.encode_chunk(header, sequence) + payload
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+WRONG = {
+    **{f"bit {bit}": (flipped(frame(b"x", 1), bit), "is damaged") for bit in range(0, 512, 37)},
+    "a frame is missing": (frame(b"x", 2), "frame 1 was due, frame 2 came"),
+    "a frame comes twice": (frame(b"x", 1) * 2, "frame 2 was due, frame 1 came"),
+    "another protocol": (b"GET / HTTP/1.1\r\n" * 4, "is damaged"),
+    "out of step": (frame(b"xx", 1)[:-1] + frame(b"x", 2), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+async def test_damage_is_detected(raw, name):
+    user, far = raw
+    data, text = WRONG[name]
+    far.send(data)
+    await until(lambda: user.told("lost"))
+    (error,) = user.told("lost")
+    assert isinstance(error, RemoteProtocolError)
+    assert text in str(error)
+    assert user.lane.room == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", None),
+        (frame(b"whole", 1), None),
+        (frame(b"whole", 1)[:-2], "3 bytes into a chunk of 5"),
+        (frame(b"whole", 1)[:40], "40 bytes into a header"),
+    ],
+)
+async def test_a_stream_that_ends(raw, data, text):
+    user, far = raw
+    far.send(data)
+    far.close()
+    await until(lambda: user.told("lost"))
+    (error,) = user.told("lost")
+    if text is None:
+        assert error is None
+    else:
+        assert type(error) is ChannelBroken
+        assert text in str(error)
+
+
+async def test_a_connection_that_is_reset(raw):
+    user, far = raw
+    user.send(chunk(bytes(LARGE)))
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    await until(lambda: user.told("lost"))
+    (error,) = user.told("lost")
+    assert type(error) is ChannelBroken
+    assert isinstance(error.__cause__, OSError)
+    assert not user.told("sent")
+
+
+async def test_bytes_that_dribble_in(raw):
+    user, far = raw
+    stream = b"".join(frame(b"abc", i + 1, offset=i) for i in range(4))
+    stream = stream[:67] + frames.encode_credit(6, 2) + frame(b"abcdefg", 3, offset=1)
+    for byte in stream:
+        far.send(bytes([byte]))
+        await turns(2)
+    await until(lambda: len(user.payloads) == 2)
+    assert user.payloads == {(1, 0): b"abc", (1, 1): b"abcdefg"}
+    assert user.told("credited") == [6]
+
+
+async def test_a_chunk_in_many_pieces_through_a_tiny_buffer():
+    async with nothing_left():
+        near, far = socket_pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        loop = asyncio.get_running_loop()
+        left, right = (User(TcpLane(sock, loop)).start() for sock in (near, far))
+        rng = random.Random(5)
+        parts = [memoryview(rng.randbytes(rng.randint(1, 9000))) for _ in range(100)]
+        whole = b"".join(parts)
+        left.send((ChunkHeader(0, len(whole), 1, 0, None), parts), chunk(b"next", offset=1))
+        for i in range(20):
+            left.lane.credit(1 << i)
+            await turns(1)
+        await until(lambda: len(right.payloads) == 2)
+        assert right.payloads == {(1, 0): whole, (1, 1): b"next"}
+        assert sum(right.told("credited")) == (1 << 20) - 1
+        await left.lane.aclose()
+        await right.lane.aclose()
