@@ -54,19 +54,24 @@ class TcpControl(asyncio.Protocol):
         )
         self._transport: asyncio.Transport | None = None
         self._handler: ControlHandler | None = None
+        self._early: list[bytes] = []  # what came between `open` and `start`
         self._ended = asyncio.Event()
+        self._cause: Exception | None = None
 
     @classmethod
     async def open(cls, sock: socket.socket) -> TcpControl:
-        """Take over a connected socket."""
+        """Take over a connected socket; call `start` soon."""
         loop = asyncio.get_running_loop()
         _, control = await loop.create_connection(lambda: cls(sock), sock=sock)
         return control
 
     def start(self, handler: ControlHandler) -> None:
         self._handler = handler
-        if self._transport is not None:
-            self._transport.resume_reading()
+        early, self._early = self._early, []
+        for data in early:
+            handler.control_received(data)
+        if self._ended.is_set():
+            self._tell_ended()
 
     @property
     def backlog_bytes(self) -> int:
@@ -98,21 +103,26 @@ class TcpControl(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
         if self._handler is not None:
             self._handler.control_received(data)
+        else:
+            self._early.append(data)
 
     def eof_received(self) -> None:
         return None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._cause = exc
         self._ended.set()
+        self._tell_ended()
+
+    def _tell_ended(self) -> None:
         handler, self._handler = self._handler, None
         if handler is not None:
-            handler.control_lost(exc)
+            handler.control_lost(self._cause)
 
 
 class MemoryControl:

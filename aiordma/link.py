@@ -378,7 +378,11 @@ class Link:
             self.flush()
             self.fail(ChannelClosed("this end closed the channel"))
         if self._closing is not None:
+            self._closing.add_done_callback(self._free)  # even if this call is cancelled
             await asyncio.shield(self._closing)
+        self._free()
+
+    def _free(self, *_: object) -> None:
         for port in self.ports:
             port.ring.close()
 

@@ -177,7 +177,7 @@ class Server:
     def __init__(self, listener: Listener, handler: Handler) -> None:
         self._listener = listener
         self._handler = handler
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Channel] = {}
         self._acceptor = asyncio.get_running_loop().create_task(self._run())
 
     @property
@@ -189,9 +189,12 @@ class Server:
         """Accept no more, cancel the handlers, and wait until their channels are closed."""
         await self._listener.aclose()
         await self._acceptor
-        for task in self._tasks:
+        running = dict(self._tasks)
+        for task in running:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
+        # Some handlers had not begun yet, or were closing their channel already.
+        await asyncio.gather(*(channel.aclose() for channel in running.values()))
 
     async def __aenter__(self) -> Self:
         return self
@@ -207,8 +210,8 @@ class Server:
     async def _run(self) -> None:
         async for channel in self._listener:
             task = asyncio.get_running_loop().create_task(self._handle(channel))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = channel
+            task.add_done_callback(self._tasks.pop)
 
     async def _handle(self, channel: Channel) -> None:
         async with channel:

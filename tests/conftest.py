@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import hypothesis
@@ -92,5 +92,8 @@ def sockets() -> set[str]:
 
 def children() -> set[str]:
     """Child processes that have not been waited for, zombies among them; see proc(5)."""
-    lists = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
-    return {f"process {pid}" for line in lists for pid in line.split()}
+    found = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found |= {f"process {pid}" for pid in path.read_text().split()}
+    return found

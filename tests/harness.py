@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ import numpy as np
 import aiordma
 from aiordma import Channel, ChannelConfig
 from aiordma.assembly import memory_pair
+from aiordma.errors import RemoteProtocolError
 from aiordma.lanes.base import Lane, LaneHandler
 from aiordma.lanes.memory import MemoryLane
 from aiordma.lanes.tcp import TcpLane
@@ -27,7 +29,11 @@ from tests.conftest import LOOPS
 LANES = ("memory", "reordered", "tcp")
 """Every lane there is; "reordered" is a memory lane whose chunks overtake each other."""
 
-_PATIENCE_S = 20.0
+LARGE = 16 << 20
+"""More than the kernel takes off a sender whose peer does not read, and more than a turn of the loop moves."""
+CANARY = 0xA5
+
+_PATIENCE_S = 10.0
 """How long to wait for what must come, on a machine that may be busy. Nothing ever waits so long for nothing."""
 
 
@@ -108,6 +114,72 @@ class ReorderingLane:
         self._handler.lost(exc)
 
 
+@dataclass(eq=False)
+class LaneUser:
+    """Uses a lane: keeps what it is told, in order, and posts its backlog whenever there is room."""
+
+    lane: Lane
+    events: list[tuple[str, object]] = field(default_factory=list)
+    payloads: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    targets: dict[tuple[int, int], bytearray] = field(default_factory=dict)
+    backlog: list[tuple[ChunkHeader, list[memoryview]]] = field(default_factory=list)
+    refuses: bool = False
+    was_touched: bool = False
+
+    def start(self) -> LaneUser:
+        self.lane.start(self)
+        return self
+
+    def send(self, *chunks: tuple[ChunkHeader, list[memoryview]]) -> None:
+        self.backlog += chunks
+        while self.backlog and self.lane.room:
+            self.lane.post(*self.backlog.pop(0))
+
+    def told(self, name: str) -> list[Any]:
+        return [what for event, what in self.events if event == name]
+
+    def has_sent_and_got(self, count: int) -> Callable[[], bool]:
+        return lambda: len(self.told("arrived")) == len(self.told("sent")) == count
+
+    # The handler
+
+    def place(self, header: ChunkHeader) -> memoryview:
+        self.events.append(("place", header))
+        if self.refuses:
+            raise RemoteProtocolError("not this one")
+        target = self.targets.setdefault(key(header), bytearray([CANARY]) * header.length)
+        if ("arrived", header) not in self.events and self.told("place").count(header) == 1:
+            self.was_touched |= any(byte != CANARY for byte in (target[0], target[-1]))
+        return memoryview(target)[: header.length]
+
+    def arrived(self, header: ChunkHeader) -> None:
+        self.events.append(("arrived", header))
+        self.payloads[key(header)] = bytes(self.targets[key(header)][: header.length])
+
+    def sent(self, header: ChunkHeader) -> None:
+        self.events.append(("sent", header))
+        self.send()
+
+    def credited(self, slots: int) -> None:
+        self.events.append(("credited", slots))
+        if self.refuses:
+            raise RemoteProtocolError("not mine")
+
+    def lost(self, exc: Exception | None) -> None:
+        self.events.append(("lost", exc))
+
+
+def key(header: ChunkHeader) -> tuple[int, int]:
+    return header.transfer, header.offset
+
+
+def chunk(
+    payload: bytes | bytearray, *, transfer: int = 1, offset: int = 0, slot: int = 0
+) -> tuple[ChunkHeader, list[memoryview]]:
+    """What `post` takes."""
+    return ChunkHeader(slot, len(payload), transfer, offset, None), [memoryview(payload)]
+
+
 def lane_pair(kind: str) -> tuple[Lane, Lane]:
     """Two lanes that are each other's peer, not started."""
     loop = asyncio.get_running_loop()
@@ -162,6 +234,12 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """Returns when the task is over, whichever way."""
+    task.cancel()
+    await asyncio.wait([task])
+
+
 async def until(condition: Callable[[], object], what: str = "") -> None:
     """Let the loop turn until it is so."""
     deadline = time.monotonic() + _PATIENCE_S
@@ -190,9 +268,9 @@ async def at_rest(*channels: Channel) -> None:
 
 
 async def usable(left: Channel, right: Channel) -> None:
-    """A message and a transfer of several chunks go each way, and both ends come to rest."""
+    """A message and a transfer, of several chunks if these are small, go each way; both ends come to rest."""
     for near, far in ((left, right), (right, left)):
-        array = noise(2 * near._link.session._chunk_bytes + 100)
+        array = noise(min(2 * near._link.session._chunk_bytes, 1 << 20) + 100)
         _, got, _, message = await asyncio.gather(
             near.send_tensor(array, confirm=True), far.recv_tensor(), near.send("well?"), far.recv()
         )
@@ -209,6 +287,18 @@ def noise(nbytes: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
     first = seed * 4099
     assert first + nbytes <= _NOISE.nbytes
     return _NOISE[first : first + nbytes].copy()
+
+
+def alike(got: Any, sent: Any) -> bool:
+    """The same dtype, shape and bits."""
+    if got.dtype != sent.dtype or got.shape != sent.shape:
+        return False
+    flat = (array.reshape(-1).view(_byte(array)) for array in (got, sent))
+    return bool((next(flat) == next(flat)).all())
+
+
+def _byte(array: Any) -> Any:
+    return np.uint8 if isinstance(array, np.ndarray) else sys.modules["torch"].uint8
 
 
 @asynccontextmanager

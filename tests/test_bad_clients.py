@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -145,7 +146,7 @@ async def test_a_client_that_is_not_sound_is_told_so(data, texts):
     async with listening() as listener:
         wire = await Wire.dial(listener.address)
         await wire.write(data)
-        wire.sock.shutdown(1)
+        wire.sock.shutdown(socket.SHUT_WR)
         reason = await refused(wire)
         wire.close()
         for text in texts:
@@ -159,7 +160,11 @@ async def test_a_peer_of_another_version_can_tell_from_the_refusal():
         # More than was asked for, and unread when the refusal comes: it must not be lost by a reset.
         await wire.write(message(Hello(LIMITS, 1, ("tcp",)), version=2) + bytes(100_000))
         preface = await wire.read(hello.PREFACE_BYTES)
-        assert PREFACE.unpack(preface)[:3] == (b"aiordma", b"C", hello.WIRE_VERSION)
+        *start, _, length = PREFACE.unpack(preface)
+        assert start == [b"aiordma", b"C", hello.WIRE_VERSION]
+        assert b"wire version 2" in await wire.read(length)
+        wire.sock.shutdown(socket.SHUT_WR)
+        assert await asyncio.get_running_loop().sock_recv(wire.sock, 1) == b"", "not reset"
         wire.close()
 
 

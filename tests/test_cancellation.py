@@ -13,15 +13,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings, strategies as st
 
 from aiordma import Busy, Channel, ChannelConfig, Transfer, TransferAborted
 from tests.foreign import nothing_left
-from tests.harness import LANES, channel_pair, noise, round_trips, run, turns, until, usable
-
-SLOT = 4096
-CANARY = 0xA5
+from tests.harness import (
+    CANARY,
+    LANES,
+    cancel,
+    channel_pair,
+    noise,
+    round_trips,
+    run,
+    turns,
+    until,
+    usable,
+)
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,26 @@ class Case:
     lanes: int
     checksum: bool
     confirm: bool
-    nbytes: int
+    slot_bytes: int
+    slots_64th: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of a transfer."""
+        return min(self.slot_bytes * self.slots_64th // 64, 4 << 20)
 
     def run(self, scene: Callable[[Case, Channel, Channel], Awaitable[None]]) -> None:
         run(self._run(scene), self.loop_kind)
 
     async def _run(self, scene: Callable[[Case, Channel, Channel], Awaitable[None]]) -> None:
-        config = ChannelConfig(slot_bytes=SLOT, slots=4, lanes=self.lanes, checksum=self.checksum)
+        config = ChannelConfig(
+            slot_bytes=self.slot_bytes,
+            slots=4,
+            lanes=self.lanes,
+            checksum=self.checksum,
+            messages=4,
+            open_transfers=4,
+        )
         async with nothing_left(), channel_pair(self.kind, config) as (near, far):
             await scene(self, near, far)
             await usable(near, far)
@@ -52,16 +72,11 @@ cases = st.builds(
     lanes=st.integers(1, 3),
     checksum=st.booleans(),
     confirm=st.booleans(),
-    nbytes=st.one_of(st.integers(0, 3 * SLOT), st.integers(3 * SLOT, 60 * SLOT)),
+    slot_bytes=st.sampled_from([4096, 256 << 10]),  # the large ones come in several pieces over TCP
+    slots_64th=st.one_of(st.integers(0, 3 * 64), st.integers(3 * 64, 60 * 64)),
 )
 points = st.one_of(st.integers(0, 12), st.integers(0, 120))
 """After how many turns of the loop."""
-
-
-async def cancel(task: asyncio.Task[Any]) -> None:
-    """Returns when the task is over, whichever way."""
-    task.cancel()
-    await asyncio.wait([task])
 
 
 # Sending
@@ -199,6 +214,8 @@ def test_a_receive(case: Case, how: str, head_start: int, point: int) -> None:
         if is_taken:
             first.result()
             assert how == "recv_tensors" or np.array_equal(memory, truth)
+        # Chunks may be consumed to the last when the axe falls on what comes after.
+        is_taken |= any(t.reception.is_over and t.reception._error is None for t in taken)
         second = asyncio.create_task(receive_again(far, [] if is_taken else taken))
         await asyncio.wait([sending])
         await round_trips(near, far)
@@ -215,7 +232,7 @@ def test_a_receive(case: Case, how: str, head_start: int, point: int) -> None:
         else:
             await near.send_tensor(truth[:100], confirm=True)
             assert np.array_equal(await second, truth[:100])
-        if not is_taken:
+        if first.cancelled():
             assert (memory == CANARY).all(), "written after the call returned"
 
     case.run(scene)
@@ -255,9 +272,6 @@ def test_many_receives_of_many_transfers(case: Case, axes: list[int], spared: in
 async def drain(channel: Channel, into: list[Any]) -> None:
     while True:
         into.append(await channel.recv_tensors())
-
-
-# Messages, and all together
 
 
 @given(cases, st.lists(st.tuples(st.booleans(), points, st.booleans()), max_size=60))
@@ -341,52 +355,3 @@ def test_anything(case: Case, plan: list[tuple[str, bool, int, int]]) -> None:
             await cancel(left)
 
     case.run(scene)
-
-
-# Timeouts
-
-
-@pytest.mark.parametrize("kind", LANES)
-async def test_a_call_that_times_out_leaves_the_channel_usable(kind: str, loop_kind: str) -> None:
-    async with nothing_left():
-        async with channel_pair(kind, ChannelConfig(slot_bytes=SLOT, slots=4)) as (near, far):
-            for call in (
-                lambda: near.send_tensor(noise(9 * SLOT)),
-                lambda: near.send_tensor(noise(9), confirm=True),
-                lambda: far.recv(),
-                lambda: far.recv_tensor(),
-                lambda: far.recv_tensors(into={"a": noise(SLOT)}),
-                lambda: anext(far.incoming()),
-            ):
-                with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(0.005):
-                        await call()
-                await round_trips(near, far)
-                await usable(near, far)
-
-
-async def expire(limit: asyncio.Timeout, condition: Callable[[], object]) -> None:
-    """The time of this limit is over as soon as it is so."""
-    await until(condition)
-    limit.reschedule(asyncio.get_running_loop().time())
-
-
-@pytest.mark.parametrize("is_sending", [True, False])
-async def test_a_transfer_that_times_out_half_way(loop_kind: str, is_sending: bool) -> None:
-    config = ChannelConfig(slot_bytes=SLOT, slots=4)
-    async with nothing_left(), channel_pair("tcp", config) as (near, far):
-        into = np.zeros(1000 * SLOT, np.uint8)
-        send, receive = near.send_tensor(noise(into.nbytes)), far.recv_tensor(into=into)
-        mine, others = (send, receive) if is_sending else (receive, send)
-        other = asyncio.create_task(others)
-        limit = asyncio.timeout(None)
-        clock = asyncio.create_task(expire(limit, lambda: into.any()))
-        with pytest.raises(TimeoutError):
-            async with limit:
-                await mine
-        into[:] = 0
-        with pytest.raises(TransferAborted, match="cancelled"):
-            await other
-        await clock
-        await usable(near, far)
-        assert not into.any()

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import os
-import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import aiordma
 from aiordma import (
     Channel,
-    ChannelBroken,
     ChannelClosed,
     ChannelConfig,
-    ChannelError,
     LaneInfo,
     connect,
     listen,
     serve,
 )
-from tests.conftest import children, tasks
+from aiordma.control import TcpControl
+from aiordma.ring import BUDGET
 from tests.foreign import nothing_left
 from tests.harness import (
     LANES,
-    at_rest,
     channel_pair,
     noise,
-    program,
-    round_trips,
     run,
+    socket_pair,
     turns,
     until,
     usable,
@@ -92,7 +85,7 @@ async def test_what_a_channel_says_of_itself() -> None:
                 assert not channel.is_closed
             assert repr(near) == f"<aiordma.Channel to {near.peer}, 1 tcp lane(s), open>"
         assert near.is_closed
-        assert repr(near).endswith("over: this end closed the channel>")
+        assert repr(near).endswith("1 tcp lane(s), over: the peer closed the channel: goodbye>")
 
 
 @pytest.mark.parametrize(("left", "right"), [(1, 4), (4, 1), (3, 2), (5, 5)])
@@ -139,23 +132,21 @@ async def test_a_listener_hands_channels_over_in_order_and_loses_none() -> None:
 
 
 async def test_a_listener_that_closes_ends_its_loop_and_lets_channels_live() -> None:
-    accepted: list[Channel] = []
     listener = await listen(config=CONFIG)
 
-    async def accept() -> None:
-        async for channel in listener:
-            accepted.append(channel)
+    async def accept() -> list[Channel]:
+        return [channel async for channel in listener]
 
     accepting = asyncio.create_task(accept())
     near = await connect(*listener.address, config=CONFIG)
-    await until(lambda: accepted)
+    await near.ping()  # answered by a channel that is whole
     await listener.aclose()
     await listener.aclose()
-    await accepting
+    (far,) = await accepting
     with pytest.raises(ChannelClosed, match="the listener is closed"):
         await listener.accept()
-    await usable(near, accepted[0])
-    await asyncio.gather(near.aclose(), accepted[0].aclose())
+    await usable(near, far)
+    await asyncio.gather(near.aclose(), far.aclose())
 
 
 async def test_a_channel_that_nobody_took_is_closed_with_its_listener() -> None:
@@ -200,6 +191,39 @@ async def _open(opening: Any) -> Channel:
     return channel
 
 
+class Ear:
+    """Hears a control connection."""
+
+    def __init__(self) -> None:
+        self.heard = b""
+        self.lost: list[Exception | None] = []
+
+    def control_received(self, data: bytes) -> None:
+        self.heard += data
+
+    def control_lost(self, exc: Exception | None) -> None:
+        self.lost.append(exc)
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_what_a_peer_says_before_our_end_is_ready_is_not_lost(has_ended: bool) -> None:
+    near, far = socket_pair()
+    far.send(b"early ")
+    control = await TcpControl.open(near)
+    await turns(3)
+    far.send(b"bird")
+    if has_ended:
+        far.close()
+    await turns(3)
+    ear = Ear()
+    control.start(ear)
+    await until(lambda: ear.heard == b"early bird")
+    far.close()
+    await until(lambda: ear.lost == [None])
+    control.abort()
+    await control.wait_ended()
+
+
 # Serving
 
 
@@ -242,6 +266,27 @@ async def test_a_server_that_closes_cancels_its_handlers_and_closes_their_channe
     await near.aclose()
 
 
+@given(point=st.integers(0, 40), loop_kind=st.sampled_from(["asyncio", "uvloop"]))
+@settings(max_examples=60)
+def test_when_a_server_is_closed_so_are_all_its_channels(point: int, loop_kind: str) -> None:
+    """Also one whose handler has not begun yet, or ended, and closes its channel just now."""
+
+    async def handler(channel: Channel) -> None:
+        await channel.ping()
+
+    async def scene() -> None:
+        async with nothing_left():
+            used_bytes = BUDGET.used_bytes
+            async with serve(handler, config=CONFIG) as server:
+                ends = [await connect(*server.address, config=CONFIG) for _ in range(3)]
+                await turns(point)
+            assert BUDGET.used_bytes == used_bytes + len(ends) * CONFIG.slots * SLOT
+            for near in ends:
+                await near.aclose()
+
+    run(scene(), loop_kind)
+
+
 async def test_what_a_handler_raises_does_not_end_the_server(loop_kind: str) -> None:
     reported: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
@@ -263,258 +308,3 @@ async def test_what_a_handler_raises_does_not_end_the_server(loop_kind: str) -> 
     loop.set_exception_handler(handler_before)
     assert [type(context["exception"]) for context in reported] == [ZeroDivisionError] * 2
     assert all("the handler of <aiordma.Channel" in context["message"] for context in reported)
-
-
-# Closing
-
-
-async def test_what_came_before_the_goodbye_can_still_be_received(pair: Pair) -> None:
-    near, far = pair
-    for i in range(5):
-        await near.send(i)
-    await near.send_tensor(noise(SLOT))  # one chunk is acknowledged, though nobody asked for it yet
-    await near.send_tensors({"nothing": np.zeros(0)}, meta="empty")
-    await near.aclose()
-    await until(lambda: far.is_closed)
-    assert [await far.recv() for _ in range(5)] == list(range(5))
-    with pytest.raises(ChannelClosed, match="the peer closed the channel: goodbye"):
-        await far.recv()
-    assert np.array_equal(await far.recv_tensor(), noise(SLOT))
-    assert (await far.recv_tensors()).meta == "empty"
-    with pytest.raises(ChannelClosed, match="the peer closed the channel: goodbye"):
-        await far.recv_tensor()
-
-
-async def test_incoming_ends_after_the_last_whole_transfer(pair: Pair) -> None:
-    near, far = pair
-    for i in range(2):
-        await near.send_tensor(noise(i * SLOT), meta=i)
-    hopeless = asyncio.create_task(near.send_tensor(noise(9 * SLOT)))
-    await round_trips(near, far)
-    await near.aclose()
-    with pytest.raises(ChannelClosed, match="this end closed"):
-        await hopeless
-    await until(lambda: far.is_closed)
-    got = [transfer.meta async for transfer in far.incoming() if await transfer.arrays()]
-    assert got == [0, 1]
-
-
-def calls(channel: Channel) -> dict[str, Callable[[], Any]]:
-    """Every call that may wait, and where it is made a transfer of many chunks that nobody receives."""
-
-    async def wait_for_room() -> None:
-        for _ in range(CONFIG.messages + 1):
-            await channel.send("x")
-
-    return {
-        "send": wait_for_room,
-        "recv": channel.recv,
-        "ping": channel.ping,
-        "send_tensor": lambda: channel.send_tensor(noise(9 * SLOT)),
-        "confirm": lambda: channel.send_tensor(noise(9), confirm=True),
-        "recv_tensor": lambda: channel.recv_tensor(into=noise(9 * SLOT)),
-        "recv_tensors": channel.recv_tensors,
-    }
-
-
-@pytest.mark.parametrize("who", ["this end", "the peer"])
-async def test_calls_that_wait_when_the_channel_is_closed(pair: Pair, who: str) -> None:
-    near, far = pair
-    names = [name for name in calls(near) if name != "ping"]
-    waiting = [asyncio.create_task(calls(near)[name]()) for name in names]
-    await round_trips(near, far)
-    assert not any(map(asyncio.Task.done, waiting))
-    pinging = asyncio.create_task(near.ping())
-    await turns(1)
-    await (near if who == "this end" else far).aclose()
-    for name, outcome in zip(
-        names, await asyncio.gather(*waiting, return_exceptions=True), strict=True
-    ):
-        assert type(outcome) is ChannelClosed, name
-        assert str(outcome).startswith(who), name
-    await asyncio.wait([pinging])
-    await near.aclose()
-    for name, call in calls(near).items():
-        with pytest.raises(ChannelClosed, match=who):
-            await call()
-        assert name
-    with pytest.raises(ChannelClosed):
-        async with aclosing(near.incoming()) as transfers:
-            async for _ in transfers:
-                raise AssertionError("nothing came")
-        await near.send(1)
-    stats = near.stats()
-    assert (stats.open_sends, stats.open_receives) == (0, 0)
-
-
-async def test_a_receive_under_way_when_the_peer_closes(pair: Pair) -> None:
-    near, far = pair
-    into = np.zeros(200 * SLOT, np.uint8)
-    receiving = asyncio.create_task(far.recv_tensor(into=into))
-    sending = asyncio.create_task(near.send_tensor(noise(200 * SLOT)))
-    await until(into.any)
-    await near.aclose()
-    with pytest.raises(ChannelClosed, match="this end"):
-        await sending
-    with pytest.raises(ChannelClosed, match="the peer"):
-        await receiving
-    into[:] = 7
-    await turns(5)
-    await far.aclose()
-    assert (into == 7).all()
-
-
-async def test_close_is_idempotent_and_may_be_called_by_many(pair: Pair) -> None:
-    near, far = pair
-    await asyncio.gather(near.aclose(), near.aclose(), far.aclose(), far.aclose())
-    await near.aclose()
-    await far.aclose()
-    assert near.is_closed
-    assert far.is_closed
-
-
-@pytest.mark.parametrize("point", [0, 1, 2, 3, 5])
-async def test_a_close_that_is_cancelled_goes_on(pair: Pair, point: int) -> None:
-    near, far = pair
-    closing = asyncio.create_task(near.aclose())
-    await turns(point)
-    closing.cancel()
-    await asyncio.wait([closing])
-    if near.is_closed:
-        with pytest.raises(ChannelClosed):
-            await far.recv()
-    await near.aclose()
-
-
-async def test_messages_arrive_before_the_goodbye(pair: Pair) -> None:
-    near, far = pair
-    for i in range(CONFIG.messages):
-        await near.send([i, "x" * 100_000])
-    await near.aclose()
-    assert [(await far.recv())[0] for _ in range(CONFIG.messages)] == list(range(CONFIG.messages))
-
-
-# Death
-
-
-PEER = """
-import asyncio, sys
-import aiordma, numpy as np
-
-async def main():
-    async with aiordma.connect("127.0.0.1", int(sys.argv[1])) as channel:
-        await channel.send("up")
-        sending = asyncio.ensure_future(channel.send_tensor(np.ones(1 << 26, np.uint8)))
-        await channel.recv()
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize("is_busy", [False, True])
-async def test_a_peer_that_is_killed(is_busy: bool) -> None:
-    async with listen() as listener, program(PEER, listener.address[1]) as peer:
-        async with await listener.accept() as channel:
-            assert await channel.recv() == "up"
-            waiting = [asyncio.create_task(channel.recv()), asyncio.create_task(channel.ping())]
-            await waiting.pop()
-            if is_busy:
-                waiting.append(asyncio.create_task(channel.recv_tensor()))
-                await until(lambda: channel.stats().received_chunks)
-            os.kill(peer.pid, signal.SIGKILL)
-            for task in waiting:
-                with pytest.raises(ChannelBroken, match="connect again") as caught:
-                    await task
-                assert type(caught.value) is ChannelBroken
-            with pytest.raises(ChannelBroken):
-                await channel.send_tensor(noise(3))
-
-
-# Fork
-
-
-@pytest.mark.parametrize("lanes", [1, 3])
-async def test_a_peer_notices_the_end_though_a_forked_process_holds_the_sockets(lanes: int) -> None:
-    config = ChannelConfig(slot_bytes=SLOT, lanes=lanes)
-    fork = multiprocessing.get_context("fork")
-    async with channel_pair("tcp", config) as (near, far):
-        await usable(near, far)
-        ours, theirs = fork.Pipe()
-        worker = fork.Process(target=_echo, args=(theirs,))
-        worker.start()
-        try:
-            ours.send("up")
-            assert ours.recv() == "up"
-            await usable(near, far)
-            receiving = asyncio.create_task(far.recv())
-            await turns(2)
-            await near.aclose()
-            with pytest.raises(ChannelClosed, match="goodbye"):
-                await receiving
-            await far.aclose()
-            ours.send("still up")
-            assert ours.recv() == "still up"
-        finally:
-            ours.send(None)
-            worker.join()
-            worker.close()
-            ours.close()
-            theirs.close()
-
-
-def _echo(pipe: Any) -> None:
-    while (word := pipe.recv()) is not None:
-        pipe.send(word)
-
-
-SILO = """
-import asyncio, sys
-import torch
-import aiordma
-from torch.utils.data import DataLoader, TensorDataset
-
-async def main():
-    torch.set_num_threads(1)
-    data = TensorDataset(torch.arange(64.0))
-    async with aiordma.connect("127.0.0.1", int(sys.argv[1])) as channel:
-        loader = DataLoader(data, batch_size=8, num_workers=2, persistent_workers=True)
-        for _ in range(2):
-            update = sum(batch.sum() for (batch,) in loader)
-            await channel.send_tensor(update, confirm=True)
-        workers = loader._iterator._workers
-        await channel.send([worker.pid for worker in workers])
-    assert all(worker.is_alive() for worker in workers)
-    print("closed", flush=True)
-    sys.stdin.read()
-
-asyncio.run(main())
-"""
-
-
-async def test_a_silo_whose_data_loader_forks_two_workers() -> None:
-    async with listen() as listener, program(SILO, listener.address[1]) as silo:
-        async with await listener.accept() as channel:
-            for _ in range(2):
-                assert (await channel.recv_tensor()).tolist() == 2016.0
-            workers = await channel.recv()
-            with pytest.raises(ChannelClosed, match="goodbye"):
-                await channel.recv()
-        assert silo.stdout is not None
-        assert await silo.stdout.readline() == b"closed\n"
-        assert len(workers) == 2
-        for pid in workers:
-            os.kill(pid, 0)  # they live, and hold the sockets of the channel that is over
-        assert silo.stdin is not None
-        silo.stdin.close()
-        assert await silo.wait() == 0
-
-
-async def test_an_idle_channel_has_no_task_and_no_timer(pair: Pair) -> None:
-    near, far = pair
-    before = tasks()
-    await usable(near, far)
-    await at_rest(near, far)
-    assert tasks() == before
-    assert not children()
-    assert isinstance(near, aiordma.Channel)
-    assert issubclass(ChannelClosed, ChannelError)

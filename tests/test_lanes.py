@@ -4,97 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
-import struct
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 
-from aiordma.errors import ChannelBroken, RemoteProtocolError
-from aiordma.lanes.base import Lane
-from aiordma.lanes.tcp import TcpLane
-from aiordma.wire import frames
+from aiordma.errors import RemoteProtocolError
 from aiordma.wire.frames import ChunkHeader
 from tests.foreign import nothing_left
-from tests.harness import LANES, lane_pair, socket_pair, turns, until
+from tests.harness import CANARY, LANES, LARGE, LaneUser, chunk, key, lane_pair, turns, until
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 
-LARGE = 16 << 20
-"""More than the kernel takes off a sender whose peer does not read, and more than a turn of the loop moves."""
-CANARY = 0xA5
-
-
-@dataclass(eq=False)
-class User:
-    """Uses a lane: keeps what it is told, in order, and posts its backlog whenever there is room."""
-
-    lane: Lane
-    events: list[tuple[str, object]] = field(default_factory=list)
-    payloads: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    targets: dict[tuple[int, int], bytearray] = field(default_factory=dict)
-    backlog: list[tuple[ChunkHeader, list[memoryview]]] = field(default_factory=list)
-    refuses: bool = False
-    was_touched: bool = False
-
-    def start(self) -> User:
-        self.lane.start(self)
-        return self
-
-    def send(self, *chunks: tuple[ChunkHeader, list[memoryview]]) -> None:
-        self.backlog += chunks
-        while self.backlog and self.lane.room:
-            self.lane.post(*self.backlog.pop(0))
-
-    def told(self, name: str) -> list[Any]:
-        return [what for event, what in self.events if event == name]
-
-    def has_sent_and_got(self, count: int) -> Callable[[], bool]:
-        return lambda: len(self.told("arrived")) == len(self.told("sent")) == count
-
-    # The handler
-
-    def place(self, header: ChunkHeader) -> memoryview:
-        self.events.append(("place", header))
-        if self.refuses:
-            raise RemoteProtocolError("not this one")
-        target = self.targets.setdefault(_key(header), bytearray([CANARY]) * header.length)
-        if ("arrived", header) not in self.events and self.told("place").count(header) == 1:
-            self.was_touched |= any(byte != CANARY for byte in (target[0], target[-1]))
-        return memoryview(target)[: header.length]
-
-    def arrived(self, header: ChunkHeader) -> None:
-        self.events.append(("arrived", header))
-        self.payloads[_key(header)] = bytes(self.targets[_key(header)][: header.length])
-
-    def sent(self, header: ChunkHeader) -> None:
-        self.events.append(("sent", header))
-        self.send()
-
-    def credited(self, slots: int) -> None:
-        self.events.append(("credited", slots))
-        if self.refuses:
-            raise RemoteProtocolError("not mine")
-
-    def lost(self, exc: Exception | None) -> None:
-        self.events.append(("lost", exc))
-
-
-def _key(header: ChunkHeader) -> tuple[int, int]:
-    return header.transfer, header.offset
-
-
-def chunk(payload: bytes | bytearray, *, transfer: int = 1, offset: int = 0, slot: int = 0):
-    return ChunkHeader(slot, len(payload), transfer, offset, None), [memoryview(payload)]
-
 
 @pytest.fixture(params=LANES)
-async def users(request) -> AsyncIterator[tuple[User, User]]:
+async def users(request) -> AsyncIterator[tuple[LaneUser, LaneUser]]:
     """Two users of a lane, not started; afterwards nothing is left, and nobody was told twice that it is lost."""
     async with nothing_left():
-        left, right = map(User, lane_pair(request.param))
+        left, right = map(LaneUser, lane_pair(request.param))
         yield left, right
         for user in (left, right):
             await user.lane.aclose()
@@ -133,7 +59,7 @@ async def test_chunks_both_ways_and_each_is_told_once(users, is_ordered):
     expected = [header for header, _ in chunks]
     for user in users:
         await until(user.has_sent_and_got(len(chunks)))
-        assert user.payloads == {_key(header): bytes(parts[0]) for header, parts in chunks}
+        assert user.payloads == {key(header): bytes(parts[0]) for header, parts in chunks}
         for name in ("arrived", "sent"):
             told = user.told(name)
             assert sorted(told) == sorted(expected)
@@ -214,7 +140,7 @@ async def test_a_chunk_that_is_recalled_by_its_sender_still_comes_as_it_was(user
     buffers = {i: bytearray(random.Random(i).randbytes(LARGE // 4)) for i in range(8)}
     wanted = {(1 + i % 2, i): bytes(buffer) for i, buffer in buffers.items()}
     left.send(*(chunk(buffer, transfer=1 + i % 2, offset=i) for i, buffer in buffers.items()))
-    posted = [i for i in buffers if (1 + i % 2, i) not in {_key(h) for h, _ in left.backlog}]
+    posted = [i for i in buffers if (1 + i % 2, i) not in {key(h) for h, _ in left.backlog}]
     left.backlog.clear()
     await turns(2)
     for transfer in (1, 2):
@@ -327,117 +253,3 @@ async def test_after_aclose_no_memory_is_read(users):
     assert not right.payloads
     assert 1 not in right.targets.get((1, 0), b"")
     assert not left.events
-
-
-# TCP: what only a stream of bytes can do
-
-
-@pytest.fixture
-async def raw() -> AsyncIterator[tuple[User, socket.socket]]:
-    """A TCP lane's user, and a bare socket at the other end."""
-    async with nothing_left():
-        near, far = socket_pair()
-        user = User(TcpLane(near, asyncio.get_running_loop())).start()
-        yield user, far
-        far.close()
-        await user.lane.aclose()
-        await user.lane.aclose()
-        assert len(user.told("lost")) <= 1
-
-
-def frame(payload: bytes, sequence: int, offset: int = 0) -> bytes:
-    header, _ = chunk(payload, offset=offset)
-    return frames.encode_chunk(header, sequence) + payload
-
-
-def flipped(data: bytes, bit: int) -> bytes:
-    damaged = bytearray(data)
-    damaged[bit // 8] ^= 1 << bit % 8
-    return bytes(damaged)
-
-
-WRONG = {
-    **{f"bit {bit}": (flipped(frame(b"x", 1), bit), "is damaged") for bit in range(0, 512, 37)},
-    "a frame is missing": (frame(b"x", 2), "frame 1 was due, frame 2 came"),
-    "a frame comes twice": (frame(b"x", 1) * 2, "frame 2 was due, frame 1 came"),
-    "another protocol": (b"GET / HTTP/1.1\r\n" * 4, "is damaged"),
-    "out of step": (frame(b"xx", 1)[:-1] + frame(b"x", 2), "is damaged"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-async def test_damage_is_detected(raw, name):
-    user, far = raw
-    data, text = WRONG[name]
-    far.send(data)
-    await until(lambda: user.told("lost"))
-    (error,) = user.told("lost")
-    assert isinstance(error, RemoteProtocolError)
-    assert text in str(error)
-    assert user.lane.room == 0
-
-
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        (b"", None),
-        (frame(b"whole", 1), None),
-        (frame(b"whole", 1)[:-2], "3 bytes into a chunk of 5"),
-        (frame(b"whole", 1)[:40], "40 bytes into a header"),
-    ],
-)
-async def test_a_stream_that_ends(raw, data, text):
-    user, far = raw
-    far.send(data)
-    far.close()
-    await until(lambda: user.told("lost"))
-    (error,) = user.told("lost")
-    if text is None:
-        assert error is None
-    else:
-        assert type(error) is ChannelBroken
-        assert text in str(error)
-
-
-async def test_a_connection_that_is_reset(raw):
-    user, far = raw
-    user.send(chunk(bytes(LARGE)))
-    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    far.close()
-    await until(lambda: user.told("lost"))
-    (error,) = user.told("lost")
-    assert type(error) is ChannelBroken
-    assert isinstance(error.__cause__, OSError)
-    assert not user.told("sent")
-
-
-async def test_bytes_that_dribble_in(raw):
-    user, far = raw
-    stream = b"".join(frame(b"abc", i + 1, offset=i) for i in range(4))
-    stream = stream[:67] + frames.encode_credit(6, 2) + frame(b"abcdefg", 3, offset=1)
-    for byte in stream:
-        far.send(bytes([byte]))
-        await turns(2)
-    await until(lambda: len(user.payloads) == 2)
-    assert user.payloads == {(1, 0): b"abc", (1, 1): b"abcdefg"}
-    assert user.told("credited") == [6]
-
-
-async def test_a_chunk_in_many_pieces_through_a_tiny_buffer():
-    async with nothing_left():
-        near, far = socket_pair()
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        loop = asyncio.get_running_loop()
-        left, right = (User(TcpLane(sock, loop)).start() for sock in (near, far))
-        rng = random.Random(5)
-        parts = [memoryview(rng.randbytes(rng.randint(1, 9000))) for _ in range(100)]
-        whole = b"".join(parts)
-        left.send((ChunkHeader(0, len(whole), 1, 0, None), parts), chunk(b"next", offset=1))
-        for i in range(20):
-            left.lane.credit(1 << i)
-            await turns(1)
-        await until(lambda: len(right.payloads) == 2)
-        assert right.payloads == {(1, 0): whole, (1, 1): b"next"}
-        assert sum(right.told("credited")) == (1 << 20) - 1
-        await left.lane.aclose()
-        await right.lane.aclose()
