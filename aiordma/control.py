@@ -66,6 +66,7 @@ class TcpControl(asyncio.Protocol):
         return control
 
     def start(self, handler: ControlHandler) -> None:
+        """Begin to tell, with what came before."""
         self._handler = handler
         early, self._early = self._early, []
         for data in early:

@@ -240,6 +240,7 @@ class Link:
             self.fail(exc)
 
     def control_lost(self, exc: Exception | None) -> None:
+        """The control connection ended."""
         broken = ChannelBroken(
             "the peer ended the connection without a goodbye: it died, or was cut off; see its log, and "
             "connect again"

@@ -31,7 +31,9 @@ async def main() -> None:
         await channel.send({"items": weights.size})
         await channel.send_tensor(weights)
         print(f"the other end sums it to {(await channel.recv())['sum']:.0f}")
-        print(f"{channel.stats().sent_bytes:,} bytes, {channel.stats().copied_bytes} of them copied here")
+        print(
+            f"{channel.stats().sent_bytes:,} bytes, {channel.stats().copied_bytes} of them copied here"
+        )
 
 
 if __name__ == "__main__":
