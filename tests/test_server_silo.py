@@ -189,7 +189,9 @@ async def test_a_name_is_one_silos_as_long_as_it_is_there():
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "../a"])
 async def test_a_name_that_is_none_is_refused(name: str):
     async with running(Log()) as (address, run):
-        with pytest.raises(JoinRefused, match="this is no valid request to join: .*Expected `str`"):
+        with pytest.raises(
+            JoinRefused, match=r"this is no valid request to join: .*Expected `str`"
+        ):
             async with joining(address, name):
                 pass
         await take_part(address, "a", 1)
