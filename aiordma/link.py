@@ -242,7 +242,7 @@ class Link:
     def control_lost(self, exc: Exception | None) -> None:
         """The control connection ended."""
         broken = ChannelBroken(
-            "the peer ended the connection without a goodbye: it died, or was cut off; connect again"
+            "the peer ended the connection without a goodbye: it died, or was cut off; see its log, and connect again"
         )
         broken.__cause__ = exc
         self.fail(broken)
