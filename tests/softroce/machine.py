@@ -71,6 +71,7 @@ def run(
     with contextlib.ExitStack() as stack:
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        out.mkdir(parents=True, exist_ok=True)
         cable = [stack.enter_context(end) for end in socket.socketpair()] if nodes == 2 else [None]
         machines: list[_Machine] = []
         for node, end in enumerate(cable):
