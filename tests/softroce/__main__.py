@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         prepare(is_agreed=options.yes)
         if options.verb == "test":
-            test()
+            run_marked()
         if options.verb == "run":
             return run(options)
     except SoftRoceError as exc:
@@ -56,7 +56,7 @@ def prepare(*, is_agreed: bool) -> None:
     print(f"softroce: prepared in {time.monotonic() - started:.0f} s")
 
 
-def test() -> None:
+def run_marked() -> None:
     """Run the marked tests, and say on what they ran."""
     pyverbs = debian.pyverbs()
     started = time.monotonic()
