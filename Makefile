@@ -11,6 +11,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 MODE   ?= lora
 ARGS   ?=
+YES    ?=
 
 python := $(VENV)/bin/python
 # The name holds TORCH, so that another TORCH sets up again.
@@ -18,10 +19,10 @@ ready  := $(VENV)/.ready-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-rdma lint bench clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 # `exec`: no shell stands between the terminal and the program, so that a signal reaches it.
 demo: $(ready)  ## a server and three silos train one model on this machine (MODE=lora|full, ARGS=...)
@@ -29,6 +30,10 @@ demo: $(ready)  ## a server and three silos train one model on this machine (MOD
 
 test: $(ready)  ## the test suite (ARGS='-k name')
 	@exec $(python) -m pytest $(ARGS)
+
+test-rdma: $(ready)  ## the verbs tests, in a virtual machine with a soft-RoCE device (asks; YES=1 does not)
+	@exec $(python) -m tests.softroce test $(if $(filter 1,$(YES)),--yes)
+	@exec $(python) -m pytest --softroce -m softroce tests/softroce
 
 lint: $(ready)  ## ruff and mypy
 	$(python) -m ruff check .

@@ -1,6 +1,7 @@
 """Fixtures that every test may use: both event loops, leak checks; and hypothesis' profiles."""
 
 import asyncio
+import importlib.util
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -32,6 +33,31 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item):
     if "loop_kind" in getattr(item, "fixturenames", ()):
         return LOOPS
     return {"asyncio": LOOPS["asyncio"]}
+
+
+def pytest_addoption(parser: pytest.Parser):
+    parser.addoption("--softroce", action="store_true", help="run what boots virtual machines")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    """Skip what this machine cannot run. In the machine that `make test-rdma` boots, a skip is a failure."""
+    lacking = {"verbs": no_verbs(), "softroce": None}
+    if not config.getoption("softroce"):
+        lacking["softroce"] = "boots virtual machines: make test-rdma runs it"
+    for item in items:
+        for mark, reason in lacking.items():
+            if reason and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def no_verbs() -> str | None:
+    """Why tests that are marked `verbs` cannot run here; None if they can."""
+    devices = Path("/sys/class/infiniband")
+    if not devices.is_dir() or not any(devices.iterdir()):
+        return "no RDMA device: make test-rdma runs it in a machine that has one"
+    if importlib.util.find_spec("pyverbs") is None:
+        return "an RDMA device, but no pyverbs in this environment: pip install 'aiordma[verbs]'"
+    return None
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.tensors": "aiordma.errors aiordma.wire aiordma.wire.manifest",
     "aiordma.stats": "",
     "aiordma.lanes": "",
+    "aiordma.lanes.completion": "aiordma.errors",
     "aiordma.lanes.*": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
     " aiordma.lanes.base aiordma.lanes.completion",
     "aiordma.control": "aiordma.errors",
@@ -52,8 +53,7 @@ ROOMS: Mapping[str, str] = {
     f" aiordma.lanes.base {WIRE}",
     "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.chunk aiordma.control"
     f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early aiordma.port {WIRE}",
-    "aiordma.channel": "aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
-    f" {WIRE}",
+    "aiordma.channel": f"aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link {WIRE}",
     "aiordma.handshake": f"aiordma.errors aiordma.config aiordma.ring {WIRE}",
     "aiordma.assembly": "aiordma.errors aiordma.config aiordma.ring aiordma.stats aiordma.control"
     f" aiordma.port aiordma.link aiordma.channel aiordma.handshake aiordma.lanes.* {WIRE}",
