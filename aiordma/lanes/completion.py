@@ -57,7 +57,7 @@ class CompletionQueue(Protocol):
         """The completion channel's descriptor, readable while there are events."""
 
     def get_events(self) -> int:
-        """Take all events there are; how many. 0 where reading would block (EAGAIN)."""
+        """Take the events there are, or some of them; how many. 0 where reading would block (EAGAIN)."""
 
     def ack(self, events: int) -> None:
         """Acknowledge events that were taken. The CQ cannot be destroyed before."""
