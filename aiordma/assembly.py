@@ -28,10 +28,10 @@ async def build(parts: Parts, config: ChannelConfig, *, peer: str, rtt_s: float)
     control = await TcpControl.open(parts.control)
     lanes = [TcpLane(sock, loop) for sock in parts.lanes]
     reason = "tcp: this version has no RDMA lanes"
-    return _join(control, lanes, parts.rings, parts.peer_limits, config, peer, reason, rtt_s)
+    return join(control, lanes, parts.rings, parts.peer_limits, config, peer, reason, rtt_s)
 
 
-def _join(
+def join(
     control: Control,
     lanes: Sequence[Lane],
     rings: list[Ring],
@@ -71,7 +71,7 @@ async def memory_pair(
     limits = [limits_of(c, r) for c, r in zip(configs, rings, strict=True)]
     controls = MemoryControl.pair()
     ends = [
-        _join(
+        join(
             controls[i],
             [p[i] for p in pairs],
             rings[i],

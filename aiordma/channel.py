@@ -174,6 +174,7 @@ class Channel:
             raise
         finally:
             self._link.sends.pop(send.id, None)
+            await self._link.loans.returned(send.id)
 
     # Receiving transfers
 

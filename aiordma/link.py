@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Final
 
 from aiordma.chunk import Chunk
 from aiordma.config import ChannelConfig
@@ -22,6 +21,7 @@ from aiordma.errors import (
     RemoteProtocolError,
     again,
 )
+from aiordma.loans import Loans
 from aiordma.port import Port, Subject
 from aiordma.pulse import Pulse
 from aiordma.queues import Fifo, Gate
@@ -32,8 +32,6 @@ from aiordma.wire import control as wire, frames
 from aiordma.wire.frames import ChunkHeader
 from aiordma.wire.receiving import Incoming, Verdict
 from aiordma.wire.session import Event, Refused, Session, error_of
-
-_GRACE_S: Final = 1.0  # how long a lane that ended waits for the control connection to say why
 
 
 class Link:
@@ -53,6 +51,7 @@ class Link:
         self.outbox = Gate(session.messages_out)
         self.sends: dict[int, Send] = {}
         self.receptions: dict[int, Reception] = {}
+        self.loans = Loans(lambda transfer: self._recall(transfer, is_sending=True))
         self._early = EarlyChunks()
         self._control = control
         self._pulse = Pulse(self, config.idle_timeout_s)
@@ -136,6 +135,10 @@ class Link:
                 return
             port.post(plan, self.sends[plan.transfer].outgoing, checksum=self.config.checksum)
 
+    def sent(self, transfer: int) -> None:
+        self.moved(transfer)
+        self.loans.settle(transfer)
+
     def moved(self, transfer: int) -> None:
         send = self.sends.get(transfer)
         if send is not None:
@@ -213,9 +216,11 @@ class Link:
     def copied(self, nbytes: int) -> None:
         self.counters.copied_bytes += nbytes
 
-    def _recall(self, transfer: int, *, is_sending: bool) -> None:
-        for port in self.ports:
-            port.lane.recall(transfer, is_sending=is_sending)
+    def _recall(self, transfer: int, *, is_sending: bool) -> bool:
+        reading = [
+            port for port in self.ports if not port.lane.recall(transfer, is_sending=is_sending)
+        ]
+        return not reading
 
     def _claim_ahead(self, waiting: int) -> None:
         # Takers wait: claim what the peer opens next, so that its chunks need not wait for a round trip.
@@ -337,20 +342,6 @@ class Link:
 
     # Ends
 
-    def lane_lost(self, port: Port, exc: Exception | None) -> None:
-        """A lane moves nothing any more."""
-        if self.error is not None:
-            return
-        if isinstance(exc, RemoteProtocolError):
-            self.fail(exc)
-            return
-        broken = ChannelBroken(
-            f"lane {port.index} ({port.lane.kind}) is lost: {exc or 'it ended'}; connect again"
-        )
-        broken.__cause__ = exc
-        # A peer that closes ends its lanes and its control connection together; which we see first is chance.
-        asyncio.get_running_loop().call_later(_GRACE_S, self.fail, broken)
-
     def fail(self, error: ChannelBroken | ChannelClosed) -> None:
         """The channel is over; everybody who waits is told. What came whole can still be received."""
         if self.error is not None:
@@ -398,3 +389,4 @@ class Link:
             self._control.abort()
             for port in self.ports:
                 await port.lane.aclose()
+            self.loans.end()

@@ -6,7 +6,7 @@ import asyncio
 from typing import Final, NamedTuple, Protocol
 
 from aiordma.chunk import Chunk
-from aiordma.errors import RemoteProtocolError
+from aiordma.errors import ChannelBroken, RemoteProtocolError
 from aiordma.lanes.base import Lane
 from aiordma.ring import Ring, SlotState
 from aiordma.stats import LaneStats
@@ -19,6 +19,9 @@ from aiordma.wire.sending import Plan
 
 _MAX_PARTS: Final = 256
 """A chunk of more pieces than this is staged: sendmsg(2) gathers at most IOV_MAX (1024)."""
+
+_GRACE_S: Final = 1.0
+"""How long a lane that ended waits for the control connection to say why."""
 
 Subject = Reception | Verdict
 
@@ -35,14 +38,14 @@ class PortOwner(Protocol):
     def fill(self, port: Port) -> None:
         """The lane has room: post what may go."""
 
-    def moved(self, transfer: int) -> None:
+    def sent(self, transfer: int) -> None:
         """One of our transfers got a chunk out."""
 
     def credited(self, port: Port, slots: int) -> None:
         """The peer gives slots back."""
 
-    def lane_lost(self, port: Port, exc: Exception | None) -> None:
-        """The lane moves nothing any more."""
+    def fail(self, error: ChannelBroken) -> None:
+        """The channel is over, unless it is already."""
 
     def copied(self, nbytes: int) -> None:
         """Count bytes that were copied."""
@@ -98,8 +101,11 @@ class Port:
         stage = self._staged.pop(header.slot, None)
         if stage is not None:
             self._stages.append(stage)
-        self._owner.moved(header.transfer)
+        self._owner.sent(header.transfer)
         self._owner.fill(self)
+
+    def copied(self, nbytes: int) -> None:
+        self._owner.copied(nbytes)
 
     def credited(self, slots: int) -> None:
         self._owner.credited(self, slots)
@@ -121,8 +127,6 @@ class Port:
 
     def arrived(self, header: ChunkHeader) -> None:
         """The slot is filled, even if the bytes went to their final place: it is free once released."""
-        if header.slot not in self._landings:
-            self.place(header)
         subject, view, is_direct = self._landings.pop(header.slot)
         slot = header.slot
         self.ring.move(slot, "arrived")
@@ -166,7 +170,16 @@ class Port:
     # Ends
 
     def lost(self, exc: Exception | None) -> None:
-        self._owner.lane_lost(self, exc)
+        """The lane moves nothing any more, and a channel needs all of its lanes."""
+        if isinstance(exc, RemoteProtocolError):
+            self._owner.fail(exc)
+            return
+        broken = ChannelBroken(
+            f"lane {self.index} ({self.lane.kind}) is lost: {exc or 'it ended'}; connect again"
+        )
+        broken.__cause__ = exc
+        # A peer that closes ends its lanes and its control connection together; which we see first is chance.
+        asyncio.get_running_loop().call_later(_GRACE_S, self._owner.fail, broken)
 
     def stats(self, in_flight_chunks: int) -> LaneStats:
         """A snapshot."""

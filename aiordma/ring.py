@@ -1,7 +1,7 @@
-"""Receive rings: who owns which bytes now, and how much of them one process may hold.
+"""Rings: who owns which bytes now, and how much of them one process may hold.
 
-A ring is one anonymous mapping cut into equal slots. Pages are touched only when a chunk lands in them,
-so a ring that is never used costs address space and no memory.
+A ring is one anonymous mapping: cells, for headers that a device writes, then equal slots. Pages are touched only
+when a chunk lands in them, so a ring that is never used costs address space and no memory.
 
 Life of a slot, seen from the receiver; any other move raises::
 
@@ -15,11 +15,29 @@ import enum
 import mmap
 import threading
 import weakref
+from typing import Final
 
-from aiordma.config import MIN_SLOTS
+from aiordma.config import MAX_SLOTS, MIN_SLOTS
 from aiordma.errors import Busy, ConfigError
 
-__all__ = ["BUDGET", "MemoryBudget", "Ring", "SlotState", "set_memory_budget"]
+__all__ = [
+    "BUDGET",
+    "CELLS",
+    "MemoryBudget",
+    "Ring",
+    "SlotState",
+    "set_memory_budget",
+    "slot_offset",
+]
+
+CELLS: Final = 2 * MAX_SLOTS
+"""One for each chunk and one for each CREDIT that may be under way in the largest ring."""
+_CELL_BYTES: Final = 64
+
+
+def slot_offset(slot: int, slot_bytes: int) -> int:
+    """Where a slot begins in a ring. Cell c begins at 64 c."""
+    return CELLS * _CELL_BYTES + slot * slot_bytes
 
 
 class SlotState(enum.Enum):
@@ -87,14 +105,14 @@ def set_memory_budget(total_bytes: int) -> None:
 
 
 class Ring:
-    """The receive slots of one lane."""
+    """The receive slots of one lane, or the slots that an RDMA lane sends from."""
 
     def __init__(self, slots: int, slot_bytes: int, *, budget: MemoryBudget = BUDGET) -> None:
         """Reserve and map up to `slots` slots of `slot_bytes`; see `MemoryBudget.reserve`."""
         self.slot_bytes = slot_bytes
         self.slots = budget.reserve(slots, slot_bytes)
         self._free_budget = weakref.finalize(self, budget.give_back, self.nbytes)
-        self._memory = memoryview(mmap.mmap(-1, self.nbytes))
+        self._memory = memoryview(mmap.mmap(-1, slot_offset(self.slots, slot_bytes)))
         self._states = [SlotState.POSTED] * self.slots
 
     @property
@@ -120,8 +138,17 @@ class Ring:
 
     def view(self, slot: int, nbytes: int) -> memoryview:
         """The first `nbytes` of the slot's memory, writable."""
-        start = slot * self.slot_bytes
+        start = slot_offset(slot, self.slot_bytes)
         return self._memory[start : start + nbytes]
+
+    def cell(self, index: int) -> bytes:
+        """A copy of a cell, which its writer may change at any time."""
+        return bytes(self._memory[index * _CELL_BYTES : (index + 1) * _CELL_BYTES])
+
+    @property
+    def memory(self) -> memoryview:
+        """All of it, cells and slots."""
+        return self._memory
 
     def close(self) -> None:
         """Give the budget back. The memory itself goes when the last borrowed view of it does."""

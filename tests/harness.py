@@ -73,13 +73,13 @@ class ReorderingLane:
     def credit(self, slots: int) -> None:
         self._inner.credit(slots)
 
-    def recall(self, transfer: int, *, is_sending: bool) -> None:
-        self._inner.recall(transfer, is_sending=is_sending)
+    def recall(self, transfer: int, *, is_sending: bool) -> bool:
         if is_sending:
             self._held = [
                 (header, [memoryview(b"".join(parts))] if header.transfer == transfer else parts)
                 for header, parts in self._held
             ]
+        return self._inner.recall(transfer, is_sending=is_sending)
 
     async def aclose(self) -> None:
         self._held.clear()
@@ -105,6 +105,10 @@ class ReorderingLane:
         self._loop.call_soon(self._pump)
         self._handler.sent(header)
 
+    def copied(self, nbytes: int) -> None:
+        assert self._handler is not None
+        self._handler.copied(nbytes)
+
     def credited(self, slots: int) -> None:
         assert self._handler is not None
         self._handler.credited(slots)
@@ -125,6 +129,7 @@ class LaneUser:
     backlog: list[tuple[ChunkHeader, list[memoryview]]] = field(default_factory=list)
     refuses: bool = False
     was_touched: bool = False
+    copied_bytes: int = 0
 
     def start(self) -> LaneUser:
         self.lane.start(self)
@@ -159,6 +164,9 @@ class LaneUser:
     def sent(self, header: ChunkHeader) -> None:
         self.events.append(("sent", header))
         self.send()
+
+    def copied(self, nbytes: int) -> None:
+        self.copied_bytes += nbytes
 
     def credited(self, slots: int) -> None:
         self.events.append(("credited", slots))

@@ -41,18 +41,24 @@ ROOMS: Mapping[str, str] = {
     "aiordma.stats": "",
     "aiordma.lanes": "",
     "aiordma.lanes.completion": "aiordma.errors",
-    "aiordma.lanes.*": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
-    " aiordma.lanes.base aiordma.lanes.completion",
+    "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames",
+    "aiordma.lanes.rdma": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
+    " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox",
+    "aiordma.lanes.verbs": "aiordma.errors aiordma.ring aiordma.lanes.completion aiordma.lanes.outbox"
+    " aiordma.lanes.rdma aiordma.lanes.registry",
+    "aiordma.lanes.*": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames aiordma.lanes.base",
     "aiordma.control": "aiordma.errors",
     "aiordma.pulse": "aiordma.errors",
     "aiordma.queues": "aiordma.errors aiordma.wire.credit",
     "aiordma.chunk": f"aiordma.errors aiordma.tensors {WIRE}",
     "aiordma.transfer": f"aiordma.errors aiordma.tensors aiordma.chunk {WIRE}",
+    "aiordma.loans": "",
     "aiordma.early": "aiordma.chunk aiordma.wire.frames",
     "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.tensors aiordma.chunk aiordma.transfer"
     f" aiordma.lanes.base {WIRE}",
     "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.chunk aiordma.control"
-    f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early aiordma.port {WIRE}",
+    f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early"
+    f" aiordma.loans aiordma.port {WIRE}",
     "aiordma.channel": f"aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link {WIRE}",
     "aiordma.handshake": f"aiordma.errors aiordma.config aiordma.ring {WIRE}",
     "aiordma.assembly": "aiordma.errors aiordma.config aiordma.ring aiordma.stats aiordma.control"

@@ -17,15 +17,18 @@ class LaneHandler(Protocol):
     def place(self, header: ChunkHeader) -> memoryview:
         """Where this chunk's payload goes: a writable view of `header.length` bytes.
 
-        A lane that can write there directly asks before the first byte of the payload is stored. Raises
-        `RemoteProtocolError` if the chunk must not come; the lane then reports itself lost.
+        Asked before the first byte of the payload is stored there. Raises `RemoteProtocolError` if the chunk
+        must not come; the lane then reports itself lost.
         """
 
     def arrived(self, header: ChunkHeader) -> None:
-        """The whole payload is where `place` said, or in the header's slot if `place` was not asked."""
+        """The whole payload is where `place` said."""
 
     def sent(self, header: ChunkHeader) -> None:
         """The lane needs the payload's memory no more, and has room for another chunk."""
+
+    def copied(self, nbytes: int) -> None:
+        """The lane copied so much of a payload."""
 
     def credited(self, slots: int) -> None:
         """The peer gives back the slots whose bits are set."""
@@ -57,11 +60,12 @@ class Lane(Protocol):
     def credit(self, slots: int) -> None:
         """Tell the peer that the slots whose bits are set are its own again. Needs no room."""
 
-    def recall(self, transfer: int, *, is_sending: bool) -> None:
+    def recall(self, transfer: int, *, is_sending: bool) -> bool:
         """Let go of the memory of this transfer, now: the caller gets it back.
 
         What the lane still has to send of it is copied aside. A chunk that is being received into memory
-        that `place` named is moved to where `place` says on being asked again.
+        that `place` named is moved to where `place` says on being asked again. False: a device reads the
+        memory; ask again when `sent` was told.
         """
 
     async def aclose(self) -> None:

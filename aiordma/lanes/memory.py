@@ -53,13 +53,12 @@ class MemoryLane:
         self._queue.append(slots)
         self._schedule()
 
-    def recall(self, transfer: int, *, is_sending: bool) -> None:
+    def recall(self, transfer: int, *, is_sending: bool) -> bool:
         """Copy aside what is queued. Receiving needs nothing: no chunk is ever half written."""
-        if not is_sending:
-            return
         for i, item in enumerate(self._queue):
-            if not isinstance(item, int) and item[0].transfer == transfer:
+            if is_sending and not isinstance(item, int) and item[0].transfer == transfer:
                 self._queue[i] = (item[0], [memoryview(b"".join(item[1]))])
+        return True
 
     async def aclose(self) -> None:
         self._is_over = True

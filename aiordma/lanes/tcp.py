@@ -54,11 +54,12 @@ class TcpLane:
         self._writer.credits.append(slots)
         self._flush()
 
-    def recall(self, transfer: int, *, is_sending: bool) -> None:
+    def recall(self, transfer: int, *, is_sending: bool) -> bool:
         if is_sending:
             self._writer.recall(transfer)
         elif self._handler is not None:
             self._reader.recall(transfer, self._handler)
+        return True
 
     async def aclose(self) -> None:
         if not self._is_closed:

@@ -1,0 +1,344 @@
+"""Chunks by RDMA WRITE into the slots of the peer's ring, each announced by a write with immediate.
+
+A frame is a few work requests on one queue pair, which the devices carry out in order::
+
+    WRITE           each piece of the payload, to its place in the slot        (chunks only)
+    WRITE WITH IMM  the 64-byte header, inline, to a cell beside the slots; `kind << 16 | index` is the immediate
+
+The peer has receives posted for all that may be under way: a chunk needs a slot of its ring, and a CREDIT gives
+back at least one slot of ours, so that neither can outnumber the slots.
+
+Nothing here knows a device: a `QueuePair` makes the calls (`aiordma.lanes.verbs`), and a completion pump tells
+what became of them. ibv_wr_post(3), ibv_poll_cq(3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TypeVar
+
+from aiordma.errors import ChannelBroken, RemoteProtocolError
+from aiordma.lanes.base import LaneHandler
+from aiordma.lanes.completion import Completion
+from aiordma.lanes.outbox import Frame, Kind, Outbox
+from aiordma.ring import CELLS, Ring
+from aiordma.wire import frames
+from aiordma.wire.frames import ChunkHeader, CreditHeader
+
+PROBES: Final = 2
+"""Frames of a probe: one without a payload, one that fills the path's MTU."""
+EXTRA_RECEIVES: Final = PROBES + 1
+"""For the probe and the END; beside one for each slot of either end's ring."""
+
+_EAGER_BYTES: Final = 256 << 10
+"""After copying so much the doorbell is rung, so that the device works while the next chunk is copied."""
+_LINGER_S: Final = 0.5
+"""How long a lane that closes waits for its END to arrive."""
+_FLUSH_S: Final = 2.0
+"""How long it waits for the device to give its work requests up, before it destroys the queue pair."""
+
+
+H = TypeVar("H", ChunkHeader, CreditHeader)
+
+
+class QueuePair(Protocol):
+    """A connected queue pair. No call blocks; a device that fails raises `OSError`.
+
+    The completion of a receive has `wr_id` 0, that of a frame has the frame's `work_id`.
+    """
+
+    @property
+    def name(self) -> str:
+        """What to call it in errors: device, port, the numbers of both queue pairs."""
+
+    def submit(self, batch: Sequence[Frame]) -> None:
+        """Post all work requests of these frames with one doorbell, or none of them."""
+
+    def post_receives(self, count: int) -> None:
+        """Be ready for so many more writes with immediate."""
+
+    def fail(self, work_id: int) -> None:
+        """Go to the error state, which flushes all work requests, and post a last one that is flushed too."""
+
+    def explain(self, completion: Completion) -> str:
+        """What the status of a completion that failed means, and its likely cause."""
+
+    def close(self) -> None:
+        """Destroy it and what it owns. The device touches none of its memory afterwards."""
+
+
+class PathProbe:
+    """Whether frames get to the peer, and come from it: small ones, and such as fill the path's MTU.
+
+    A queue pair reaches "ready to send" without that a packet was exchanged.
+    """
+
+    def __init__(self) -> None:
+        self._sent = [False] * PROBES
+        self._came = [False] * PROBES
+        self._is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def wait(self) -> None:
+        """Until all four are there. Raises what `fail` was told."""
+        await asyncio.shield(self._is_over)
+
+    def was_sent(self, work_id: int) -> None:
+        """A frame of ours arrived; the probes are the first ones."""
+        if work_id <= PROBES:
+            self._sent[work_id - 1] = True
+            self._judge()
+
+    def has_come(self, index: int) -> None:
+        """A probe of the peer's came."""
+        self._came[index] = True
+        self._judge()
+
+    def fail(self, exc: Exception) -> None:
+        """No more will come."""
+        if not self._is_over.done():
+            self._is_over.set_exception(exc)
+            self._is_over.exception()  # nobody has to wait for it
+
+    def verdict(self) -> str:
+        """What is missing, and the likely cause."""
+        if self._is_over.done():
+            return "the path works, both ways"
+        if not (self._sent[0] or self._came[0]):
+            return "no packet got through in either direction: is UDP port 4791 (RoCE v2) blocked?"
+        if not (self._sent[0] and self._came[0]):
+            way = "from the peer" if self._sent[0] else "to the peer"
+            return f"no packet got through {way}: is UDP port 4791 (RoCE v2) blocked there?"
+        return (
+            "small packets got through, and large ones did not: something on the path takes no packets of the "
+            "devices' MTU; lower it (ip link set ... mtu)"
+        )
+
+    def _judge(self) -> None:
+        if all(self._sent) and all(self._came) and not self._is_over.done():
+            self._is_over.set_result(None)
+
+
+class RdmaLane:
+    """One lane over a queue pair, which it owns, between two registered rings."""
+
+    kind = "verbs"
+
+    def __init__(
+        self, queue_pair: QueuePair, ring: Ring, outbox: Outbox, *, watch: Callable[[], None]
+    ) -> None:
+        """`ring`: ours, which the peer writes to. `watch`: the completion pump's, told that work is due."""
+        self._loop = asyncio.get_running_loop()
+        self._qp = queue_pair
+        self._ring = ring
+        self._outbox = outbox
+        self._watch = watch
+        self._handler: LaneHandler | None = None
+        self._early: list[Completion] = []
+        self._sequence = 0
+        self._unsent_bytes = 0
+        self._is_scheduled = False
+        self._is_started = False
+        self._is_over = False
+        self._flushed = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
+        self.probe = PathProbe()
+
+    @property
+    def room(self) -> int:
+        return 0 if self._is_over else self._outbox.room
+
+    def start(self, handler: LaneHandler) -> None:
+        self._handler = handler
+        self._loop.call_soon(self._begin)
+
+    def post(self, header: ChunkHeader, parts: Sequence[memoryview]) -> None:
+        copied = self._outbox.add(header, parts)
+        if copied and self._handler is not None:
+            self._handler.copied(copied)
+        self._unsent_bytes += copied
+        if self._unsent_bytes >= _EAGER_BYTES:
+            self._flush()
+        else:
+            self._schedule()
+
+    def credit(self, slots: int) -> None:
+        self._outbox.credit(slots)
+        self._schedule()
+
+    def recall(self, transfer: int, *, is_sending: bool) -> bool:
+        return not is_sending or self._outbox.is_done_with(transfer)
+
+    async def aclose(self) -> None:
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def send_probe(self, large_bytes: int) -> None:
+        """Send a frame of nothing and one of `large_bytes`; returns when both arrived, and both of the peer's.
+
+        Only before `start`. Raises `ChannelBroken` if the queue pair fails. Waits for ever for what is lost:
+        whoever ends it by a deadline asks `probe` how far it got.
+        """
+        self._outbox.probe(large_bytes)
+        self._submit()
+        await self.probe.wait()
+
+    def _begin(self) -> None:
+        if self._closing is None:
+            self._is_started = True
+            early, self._early = self._early, []
+            self.completed(early)
+            self._schedule()
+
+    # Sending
+
+    def _schedule(self) -> None:
+        """Ring the doorbell once, for all that is posted in this turn of the loop."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._flush_scheduled)
+
+    def _flush_scheduled(self) -> None:
+        self._is_scheduled = False
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._is_started and not self._is_over:
+            self._submit()
+
+    def _submit(self) -> None:
+        self._unsent_bytes = 0
+        batch = self._outbox.batch()
+        if not batch:
+            return
+        try:
+            self._qp.submit(batch)
+        except OSError as exc:
+            self._lose(self._broken(f"the device refuses work ({exc})", exc))
+        else:
+            self._watch()
+
+    # What the completion pump tells
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether completions of ours are due."""
+        return self._outbox.is_busy
+
+    def completed(self, batch: Sequence[Completion]) -> None:
+        """Work of ours is done, or frames of the peer's have come."""
+        for completion in batch:
+            try:
+                if completion.wr_id:
+                    self._done(completion)
+                elif completion.status:
+                    self._lose(self._broken(self._qp.explain(completion)))
+                elif not self._is_over:
+                    self._came(completion)
+            except RemoteProtocolError as exc:
+                self._lose(exc)
+            except OSError as exc:
+                self._lose(self._broken(f"the device refuses work ({exc})", exc))
+        if self._outbox.wants_batch:
+            self._schedule()
+
+    def lost(self, exc: Exception) -> None:
+        """The completion queue is gone."""
+        self._flushed.set()
+        self._lose(self._broken(str(exc), exc))
+
+    def _done(self, completion: Completion) -> None:
+        headers = self._outbox.completed(completion.wr_id)
+        if completion.wr_id == self._outbox.last_id:
+            self._flushed.set()
+        if completion.status:
+            self._lose(self._broken(self._qp.explain(completion)))
+            return
+        self.probe.was_sent(completion.wr_id)
+        for header in headers:
+            if self._handler is not None and not self._is_over:
+                self._handler.sent(header)
+
+    def _came(self, completion: Completion) -> None:
+        immediate = socket.ntohl(completion.imm_data)
+        kind, index = immediate >> 16, immediate & 0xFFFF
+        if kind == Kind.PROBE and index < PROBES:
+            self.probe.has_come(index)
+            return
+        if self._handler is None or not self._is_started:
+            self._early.append(completion)
+            return
+        self._qp.post_receives(1)  # before what it brought is spent
+        if kind == Kind.CHUNK:
+            self._take(self._handler, index)
+        elif kind == Kind.CREDIT:
+            self._handler.credited(self._frame(index, CreditHeader).slots)
+        elif kind == Kind.END:
+            self._lose(None)
+        else:
+            raise RemoteProtocolError(f"a write with the unknown immediate {immediate:#x}")
+
+    def _take(self, handler: LaneHandler, slot: int) -> None:
+        """The peer may go on writing to the slot: what is checked is what is used, so it is copied first."""
+        header = self._frame(slot, ChunkHeader)
+        if header.slot != slot:
+            raise RemoteProtocolError(
+                f"a chunk for slot {header.slot} was announced in slot {slot}"
+            )
+        target = handler.place(header)
+        payload = self._ring.view(slot, header.length)
+        if target.obj is not payload.obj:
+            target[:] = payload
+            handler.copied(header.length)
+        handler.arrived(header)
+
+    def _frame(self, cell: int, kind: type[H]) -> H:
+        if cell >= CELLS:
+            raise RemoteProtocolError(f"a header in cell {cell}, which does not exist")
+        self._sequence += 1
+        header = frames.decode(self._ring.cell(cell), self._sequence)
+        if not isinstance(header, kind):
+            raise RemoteProtocolError(
+                f"a {kind.__name__} was announced, and cell {cell} holds a {type(header).__name__}"
+            )
+        return header
+
+    # Ends
+
+    def _broken(self, why: str, cause: Exception | None = None) -> ChannelBroken:
+        broken = ChannelBroken(f"{self._qp.name}: {why}")
+        broken.__cause__ = cause
+        return broken
+
+    def _lose(self, exc: Exception | None) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self.probe.fail(exc or ChannelBroken(f"{self._qp.name}: the peer gave up"))
+        if self._handler is not None and self._closing is None:
+            self._handler.lost(exc)
+
+    async def _close(self) -> None:
+        """Say END, if somebody listens; flush; destroy."""
+        was_started, self._handler = self._handler is not None, None
+        if was_started and not self._is_over:
+            self._outbox.end()
+            await self._drain(self._submit, _LINGER_S)
+        self._is_over = True
+        await self._drain(self._fail, _FLUSH_S)
+        self._early.clear()
+        self._qp.close()
+
+    def _fail(self) -> None:
+        self._qp.fail(self._outbox.mark())
+
+    async def _drain(self, post: Callable[[], None], timeout_s: float) -> None:
+        """Post something, and wait until that, and all before it, is done."""
+        self._flushed.clear()
+        with contextlib.suppress(TimeoutError, OSError):
+            post()
+            async with asyncio.timeout(timeout_s):
+                await self._flushed.wait()
