@@ -39,6 +39,8 @@ class Piece(NamedTuple):
     address: int
     length: int
     lkey: int
+    holder: object = None
+    """What keeps it registered."""
 
 
 class Frame(NamedTuple):

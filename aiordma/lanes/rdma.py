@@ -60,13 +60,16 @@ class QueuePair(Protocol):
     def post_receives(self, count: int) -> None:
         """Be ready for so many more writes with immediate."""
 
+    def expose(self, work_id: int) -> bool:
+        """Let the peer write to our ring; whether that takes work, of whose end a completion tells."""
+
     def fail(self, work_id: int) -> None:
         """Go to the error state, which flushes all work requests, and post a last one that is flushed too."""
 
     def explain(self, completion: Completion) -> str:
         """What the status of a completion that failed means, and its likely cause."""
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Destroy it and what it owns. The device touches none of its memory afterwards."""
 
 
@@ -77,18 +80,28 @@ class PathProbe:
     """
 
     def __init__(self) -> None:
+        self._first_id = 0
         self._sent = [False] * PROBES
         self._came = [False] * PROBES
         self._is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def begin(self, first_id: int) -> None:
+        """Our probes are sent as the frames from this one on."""
+        self._first_id = first_id
 
     async def wait(self) -> None:
         """Until all four are there. Raises what `fail` was told."""
         await asyncio.shield(self._is_over)
 
+    def check(self) -> None:
+        """Raise what `fail` was told."""
+        if self._is_over.done():
+            self._is_over.result()
+
     def was_sent(self, work_id: int) -> None:
-        """A frame of ours arrived; the probes are the first ones."""
-        if work_id <= PROBES:
-            self._sent[work_id - 1] = True
+        """A frame of ours arrived."""
+        if self._first_id and work_id < self._first_id + PROBES:
+            self._sent[work_id - self._first_id] = True
             self._judge()
 
     def has_come(self, index: int) -> None:
@@ -176,12 +189,23 @@ class RdmaLane:
             self._closing = self._loop.create_task(self._close())
         await asyncio.shield(self._closing)
 
+    async def expose(self) -> None:
+        """Open our ring to the peer, before it is told that it may write. Raises `ChannelBroken`."""
+        self._flushed.clear()
+        try:
+            if self._qp.expose(self._outbox.mark()):
+                await self._flushed.wait()
+        except OSError as exc:
+            self._lose(self._broken(f"the device refuses work ({exc})", exc))
+        self.probe.check()
+
     async def send_probe(self, large_bytes: int) -> None:
         """Send a frame of nothing and one of `large_bytes`; returns when both arrived, and both of the peer's.
 
         Only before `start`. Raises `ChannelBroken` if the queue pair fails. Waits for ever for what is lost:
         whoever ends it by a deadline asks `probe` how far it got.
         """
+        self.probe.begin(self._outbox.last_id + 1)
         self._outbox.probe(large_bytes)
         self._submit()
         await self.probe.wait()
@@ -330,7 +354,7 @@ class RdmaLane:
         self._is_over = True
         await self._drain(self._fail, _FLUSH_S)
         self._early.clear()
-        self._qp.close()
+        await self._qp.aclose()
 
     def _fail(self) -> None:
         self._qp.fail(self._outbox.mark())

@@ -6,9 +6,15 @@ Every connection, control or lane, begins on either side with a preface of 16 by
     kind              1 byte   b"C" control connection, b"L" lane
     wire version      2 bytes  little-endian
     reserved          2 bytes  0
-    body length       4 bytes  little-endian, at most 4096
+    body length       4 bytes  little-endian, at most 16384
 
-The side that connected speaks first: HELLO (or a lane's proof); the other answers, or refuses with a reason.
+The side that connected speaks first: HELLO (or a lane's proof); the other answers, or refuses with a reason. Where
+both can do RDMA they go on, until one of them names a reason not to, and lanes over TCP are opened instead::
+
+    connecting end   HELLO           PATH (its queue pairs)            VERDICT
+    listening end           ANSWER                          VERDICT             VERDICT
+                        (its queue pairs)            both probe the path
+
 A lane proves that it belongs to a session by an HMAC-SHA256 (RFC 2104) under the key of the ANSWER.
 """
 
@@ -27,7 +33,7 @@ PREFACE_BYTES: Final = 16
 CONTROL, LANE = b"C", b"L"
 _MAGIC = b"aiordma"
 _PREFACE = struct.Struct("<7scHHI")
-_MAX_BODY_BYTES = 4096
+_MAX_BODY_BYTES = 16384
 _PROOF_CONTEXT = {"client": b"aiordma lane, client", "server": b"aiordma lane, server"}
 
 
@@ -42,12 +48,26 @@ class Limits(msgspec.Struct, frozen=True, array_like=True):
     manifest_bytes: int
 
 
+class LaneAddress(msgspec.Struct, frozen=True, array_like=True):
+    """A queue pair, and the ring behind it that its peer may write to."""
+
+    gid: Annotated[str, msgspec.Meta(max_length=40)]
+    lid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+    queue_pair: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
+    start_psn: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
+    mtu_bytes: Annotated[int, msgspec.Meta(ge=256, le=4096)]
+    ring: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+    key: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """What the connecting end wants and accepts."""
 
     limits: Limits
     lanes: int
     lane_kinds: tuple[str, ...]
+    reason: str = ""
+    """Why there is no "verbs" among them."""
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
@@ -58,6 +78,23 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
     lane_kind: str
     session: bytes
     key: bytes
+    reason: str = ""
+    """Why not "verbs"."""
+    addresses: tuple[LaneAddress, ...] = ()
+    """Of the lanes, if they are "verbs"."""
+
+
+class Path(msgspec.Struct, frozen=True, array_like=True, tag="path"):
+    """The connecting end's queue pairs, ready to receive; or why there are none."""
+
+    addresses: tuple[LaneAddress, ...]
+    reason: str = ""
+
+
+class Verdict(msgspec.Struct, frozen=True, array_like=True, tag="verdict"):
+    """Whether one end's part is well; a reason says that it is not."""
+
+    reason: str = ""
 
 
 class LaneProof(msgspec.Struct, frozen=True, array_like=True, tag="lane"):
@@ -74,7 +111,7 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
     reason: str
 
 
-Body = Hello | Answer | LaneProof | Refusal
+Body = Hello | Answer | Path | Verdict | LaneProof | Refusal
 _decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)
 
 

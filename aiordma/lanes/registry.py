@@ -1,0 +1,112 @@
+"""Memory that its owner has registered with a device, so that lanes send it by reference.
+
+Registering pins pages, at a few gigabytes a second and with the interpreter held; so what is registered stays so
+until its owner goes, releases it, or others need the room. A device reads the pages that were pinned, whatever the
+process has done with the addresses since: an entry must not outlive its owner. What work requests still read is
+unpinned when they are done, since they refer to it. ibv_reg_mr(3).
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right, insort
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+
+from aiordma.errors import Busy
+from aiordma.lanes.outbox import Piece
+
+_NEIGHBOURS: Final = 8
+"""How many entries before an address are looked at: they may overlap."""
+
+
+class Region(Protocol):
+    """Registered memory; unpinned when nobody refers to it."""
+
+    @property
+    def lkey(self) -> int:
+        """What work requests name it by."""
+
+
+class _Entry(NamedTuple):
+    start: int
+    nbytes: int
+    owner: int
+    region: Region
+    watch: weakref.ref[object]
+
+
+class Registry:
+    """What is registered with one device. Calls come from one thread; owners may die in any."""
+
+    def __init__(self, register: Callable[[int, int], Region], limit_bytes: int) -> None:
+        """`register` pins so many bytes (the second argument) at an address, for reading."""
+        self._register = register
+        self._limit_bytes = limit_bytes
+        self._entries: OrderedDict[tuple[int, int, int], _Entry] = OrderedDict()
+        self._starts: list[tuple[int, tuple[int, int, int]]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are registered."""
+        return sum(entry.nbytes for entry in list(self._entries.values()))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, owner: object, memory: memoryview) -> None:
+        """Register memory for as long as its owner lives; once, however often this is called.
+
+        What was asked for least recently makes room. Raises `Busy` for more than the limit, and what
+        `register` raises.
+        """
+        address = address_of(memory)
+        key = (id(owner), address, memory.nbytes)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return
+        if memory.nbytes > self._limit_bytes:
+            raise Busy(
+                f"{memory.nbytes} bytes are more than registered_bytes={self._limit_bytes} allows: raise it, or "
+                "send them unregistered, through the ring"
+            )
+        while self.nbytes + memory.nbytes > self._limit_bytes:
+            self._forget(next(iter(self._entries)))
+        region = self._register(address, memory.nbytes)
+        watch = weakref.ref(owner, lambda _: self._forget(key))
+        self._entries[key] = _Entry(address, memory.nbytes, id(owner), region, watch)
+        insort(self._starts, (address, key))
+
+    def drop(self, owner: object, memory: memoryview) -> None:
+        """Unpin it now, or as soon as nothing that is under way reads it."""
+        self._forget((id(owner), address_of(memory), memory.nbytes))
+
+    def find(self, memory: memoryview) -> Piece | None:
+        """This memory as a piece of what is registered, if it lies within."""
+        if not self._entries:
+            return None
+        address, nbytes = address_of(memory), memory.nbytes
+        last = bisect_right(self._starts, address, key=lambda start: start[0])
+        for _, key in reversed(self._starts[max(0, last - _NEIGHBOURS) : last]):
+            entry = self._entries.get(key)
+            if entry is not None and address + nbytes <= entry.start + entry.nbytes:
+                return Piece(address, nbytes, entry.region.lkey, entry.region)
+        return None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._starts.clear()
+
+    def _forget(self, key: tuple[int, int, int]) -> None:
+        if self._entries.pop(key, None) is not None:
+            self._starts.remove((key[1], key))
+
+
+def address_of(memory: memoryview) -> int:
+    """Where it lies; it may be read-only."""
+    address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    return address
