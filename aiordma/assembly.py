@@ -13,6 +13,7 @@ from aiordma.lanes.base import Lane
 from aiordma.lanes.memory import MemoryLane
 from aiordma.lanes.tcp import TcpLane
 from aiordma.link import Link
+from aiordma.path import Agreed
 from aiordma.port import Port
 from aiordma.ring import Ring
 from aiordma.stats import LaneInfo
@@ -20,14 +21,16 @@ from aiordma.wire.hello import Limits
 from aiordma.wire.session import Session
 
 
-async def build(parts: Parts, config: ChannelConfig, *, peer: str, rtt_s: float) -> Channel:
-    """A channel over TCP; from here on it owns the parts."""
+async def build(
+    parts: Parts, agreed: Agreed, config: ChannelConfig, *, peer: str, rtt_s: float
+) -> Channel:
+    """A channel over the RDMA lanes that were agreed on, else over TCP; from here on it owns the parts."""
     loop = asyncio.get_running_loop()
     if parts.peer_limits is None:
         raise RuntimeError("a channel is built after its handshake")
     control = await TcpControl.open(parts.control)
-    lanes = [TcpLane(sock, loop) for sock in parts.lanes]
-    reason = "tcp: this version has no RDMA lanes"
+    lanes: Sequence[Lane] = agreed.lanes or [TcpLane(sock, loop) for sock in parts.lanes]
+    reason = f"{lanes[0].kind}: {agreed.reason}"
     return join(control, lanes, parts.rings, parts.peer_limits, config, peer, reason, rtt_s)
 
 

@@ -37,6 +37,17 @@ class ChannelConfig:
     """Send an xxh3_64 check with each chunk; a receiver verifies whatever it is sent."""
     congestion: str | None = None
     """TCP congestion control of the lanes (tcp(7), TCP_CONGESTION), e.g. "cubic"; None: the host's."""
+    verbs: bool = True
+    """Use RDMA lanes where both ends can; `Channel.lanes` says what became of it."""
+    device: str | None = None
+    """RDMA device ("mlx5_0"), or a port of it ("mlx5_0/1"); None: the one that has this end's IP address, else
+    the first that is active."""
+    gid_index: int | None = None
+    """Index of the port's address to use; None: the best RoCE v2 one."""
+    probe_s: float = 2.0
+    """How long the path between the devices may take to prove itself, before TCP lanes are used."""
+    registered_bytes: int = 1 << 32
+    """The most memory that `Channel.register` keeps pinned on a device, beside the rings."""
     messages: int = 256
     """How many messages the peer may send that nobody has received yet."""
     message_bytes: int = 4 << 20
@@ -64,7 +75,8 @@ class ChannelConfig:
         _within("manifest_bytes", self.manifest_bytes, 1 << 17, 1 << 30)
         _within("max_tensors", self.max_tensors, 1, 1 << 31)
         _within("max_transfer_bytes", self.max_transfer_bytes, 0, 1 << 60)
-        for name in ("idle_timeout_s", "connect_timeout_s", "close_timeout_s"):
+        _within("registered_bytes", self.registered_bytes, 0, 1 << 60)
+        for name in ("idle_timeout_s", "connect_timeout_s", "close_timeout_s", "probe_s"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")

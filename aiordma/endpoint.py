@@ -24,7 +24,9 @@ from aiordma.handshake import (
     tune_control,
     tune_lane,
 )
+from aiordma.lanes.choice import Choice
 from aiordma.listener import Handler, Listener, Server
+from aiordma.path import Agreed, RdmaPath, agree_as_client, local_choice
 
 LaneKind = Literal["tcp", "verbs"]
 
@@ -83,13 +85,9 @@ async def _connect(
     _check_port(port)
     if require not in (None, "tcp", "verbs"):
         raise ConfigError(f"require must be None, 'tcp' or 'verbs', not {require!r}")
-    if require == "verbs":
-        raise LaneRefused(
-            "require='verbs': this version has TCP lanes only; leave it out to use them"
-        )
     try:
         async with asyncio.timeout(timeout_s):
-            return await _open(host, port, config)
+            return await _open(host, port, config, require)
     except TimeoutError as exc:
         if isinstance(exc, AiordmaError):
             raise
@@ -99,21 +97,45 @@ async def _connect(
         ) from exc
 
 
-async def _open(host: str, port: int, config: ChannelConfig) -> Channel:
+async def _open(host: str, port: int, config: ChannelConfig, require: LaneKind | None) -> Channel:
     parts = Parts(await dial(host, port), [])
-    with contextlib.ExitStack() as undo:
+    async with contextlib.AsyncExitStack() as undo:
         undo.callback(parts.close)
         parts.rings = reserve(config, config.lanes)
         tune_control(parts.control)
+        choice = _choice(config, parts, require)
         sent_at = time.perf_counter()
-        answer = await request(parts, config)
+        if isinstance(choice, str):
+            answer = await request(parts, config, ("tcp",), choice)
+        else:
+            answer = await request(parts, config, ("verbs", "tcp"), "")
         rtt_s = time.perf_counter() - sent_at
-        for lane in range(answer.lanes):
-            parts.lanes.append(await dial(host, port))
-            await open_lane(parts.lanes[-1], answer, lane, config)
-        channel = await build(parts, config, peer=f"{host}:{port}", rtt_s=rtt_s)
+        agreed = Agreed((), answer.reason)
+        if answer.lane_kind == "verbs" and not isinstance(choice, str):
+            path = RdmaPath(choice)
+            undo.push_async_callback(path.aclose)
+            agreed = await agree_as_client(path, parts, answer, config)
+        if not agreed.lanes:
+            if require == "verbs":
+                raise LaneRefused(f"require='verbs', and there is no way to: {agreed.reason}")
+            for lane in range(answer.lanes):
+                parts.lanes.append(await dial(host, port))
+                await open_lane(parts.lanes[-1], answer, lane, config)
+        channel = await build(parts, agreed, config, peer=f"{host}:{port}", rtt_s=rtt_s)
         undo.pop_all()
     return channel
+
+
+def _choice(config: ChannelConfig, parts: Parts, require: LaneKind | None) -> Choice | str:
+    """The RDMA device to use, or why there is none."""
+    if require == "tcp":
+        return "require='tcp'"
+    try:
+        return local_choice(config, parts.control)
+    except LaneRefused as exc:
+        if require == "verbs":
+            raise
+        return str(exc)
 
 
 def listen(

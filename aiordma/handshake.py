@@ -30,7 +30,7 @@ from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Limits, Refusal
 KEEPALIVE_IDLE_S: Final = 60
 KEEPALIVE_INTERVAL_S: Final = 15
 KEEPALIVE_PROBES: Final = 4
-_MAX_REASON_CHARS: Final = 1000
+MAX_REASON_CHARS: Final = 1000
 _HUNG_UP: Final = (
     "the peer hung up without a word: something else than aiordma listens there, or a server that is shutting "
     "down or overloaded; check host and port, and connect again"
@@ -147,7 +147,7 @@ async def refuse(sock: socket.socket, reason: str) -> None:
     Closing at once, with bytes of the peer's unread, would reset the connection, and the reason might be lost
     with it (RFC 9293, 3.10.4).
     """
-    await say(sock, hello.CONTROL, Refusal(reason[:_MAX_REASON_CHARS]))
+    await say(sock, hello.CONTROL, Refusal(reason[:MAX_REASON_CHARS]))
     with _mapped():
         sock.shutdown(socket.SHUT_WR)
         while await asyncio.get_running_loop().sock_recv(sock, 4096):
@@ -201,10 +201,13 @@ def _mapped() -> Iterator[None]:
 # The connecting end
 
 
-async def request(parts: Parts, config: ChannelConfig) -> Answer:
-    """Say HELLO, and hear what is granted."""
+async def request(
+    parts: Parts, config: ChannelConfig, kinds: tuple[str, ...], reason: str
+) -> Answer:
+    """Say HELLO, and hear what is granted. `reason`: why RDMA lanes are not among the kinds."""
     limits = limits_of(config, parts.rings)
-    await say(parts.control, hello.CONTROL, Hello(limits, len(parts.rings), ("tcp",)))
+    greeting = Hello(limits, len(parts.rings), kinds, reason[:MAX_REASON_CHARS])
+    await say(parts.control, hello.CONTROL, greeting)
     _, answer = await hear(parts.control)
     if isinstance(answer, Refusal):
         raise ConnectError(f"the server refused the channel: {answer.reason}")
@@ -213,6 +216,10 @@ async def request(parts: Parts, config: ChannelConfig) -> Answer:
     if not 1 <= answer.lanes <= len(parts.rings):
         raise RemoteProtocolError(
             f"the server grants {answer.lanes} lanes; {len(parts.rings)} were asked for"
+        )
+    if answer.lane_kind not in kinds:
+        raise RemoteProtocolError(
+            f"the server grants lanes of kind {answer.lane_kind!r}; {kinds} were asked for"
         )
     hello.check_limits(answer.limits)
     parts.peer_limits = answer.limits

@@ -22,6 +22,7 @@ from aiordma.errors import (
     RemoteProtocolError,
 )
 from aiordma.handshake import Pending, grant, hear, refuse, say
+from aiordma.path import Agreed, agree_as_server, propose
 from aiordma.queues import Fifo
 from aiordma.wire import hello
 from aiordma.wire.hello import Hello, LaneProof
@@ -156,17 +157,24 @@ class Listener:
 
     async def _open(self, sock: socket.socket, greeting: Hello, peer: str) -> None:
         pending = await grant(sock, greeting, self._config)
-        session = pending.answer.session
+        parts, session = pending.parts, pending.answer.session
         self._pending[session] = pending
-        with contextlib.ExitStack() as undo:
-            undo.callback(pending.parts.close)
+        async with contextlib.AsyncExitStack() as undo:
+            undo.callback(parts.close)
+            path, answer = await propose(parts, greeting, pending.answer, self._config)
+            if path is not None:
+                undo.push_async_callback(path.aclose)
             with contextlib.ExitStack() as wait:
                 wait.callback(self._pending.pop, session)
                 sent_at = time.perf_counter()
-                await say(sock, hello.CONTROL, pending.answer)
-                await pending.complete
+                agreed = Agreed((), answer.reason)
+                await say(sock, hello.CONTROL, answer)
+                if path is not None:
+                    agreed = await agree_as_server(path, parts, self._config)
+                if not agreed.lanes:
+                    await pending.complete
             rtt_s = time.perf_counter() - sent_at
-            channel = await build(pending.parts, self._config, peer=peer, rtt_s=rtt_s)
+            channel = await build(parts, agreed, self._config, peer=peer, rtt_s=rtt_s)
             undo.pop_all()
         self._channels.put(channel)
 

@@ -115,10 +115,13 @@ class PathProbe:
             self._is_over.set_exception(exc)
             self._is_over.exception()  # nobody has to wait for it
 
+    @property
+    def is_well(self) -> bool:
+        """Whether all came."""
+        return all(self._sent) and all(self._came)
+
     def verdict(self) -> str:
         """What is missing, and the likely cause."""
-        if self._is_over.done():
-            return "the path works, both ways"
         if not (self._sent[0] or self._came[0]):
             return "no packet got through in either direction: is UDP port 4791 (RoCE v2) blocked?"
         if not (self._sent[0] and self._came[0]):
@@ -130,7 +133,7 @@ class PathProbe:
         )
 
     def _judge(self) -> None:
-        if all(self._sent) and all(self._came) and not self._is_over.done():
+        if self.is_well and not self._is_over.done():
             self._is_over.set_result(None)
 
 

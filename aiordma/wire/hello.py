@@ -56,7 +56,7 @@ class LaneAddress(msgspec.Struct, frozen=True, array_like=True):
     queue_pair: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
     start_psn: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
     mtu_bytes: Annotated[int, msgspec.Meta(ge=256, le=4096)]
-    ring: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+    ring: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     key: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 

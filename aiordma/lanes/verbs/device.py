@@ -1,0 +1,162 @@
+"""RDMA devices: what there are, and what each event loop has open of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from aiordma.lanes.choice import Gid, Port
+from aiordma.lanes.completion import Completion, CompletionPump
+from aiordma.lanes.registry import Registry
+from aiordma.lanes.verbs import api
+from aiordma.lanes.verbs.api import enums
+
+_GID_KINDS: Final = ("InfiniBand", "RoCE v1", "RoCE v2")
+_PORT_STATES: Final = ("NOP", "DOWN", "INIT", "ARMED", "ACTIVE", "ACTIVE_DEFER")
+
+_open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Device]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Each loop's devices that are in use, by name."""
+
+
+def survey() -> list[Port]:
+    """All ports of all devices, in the order of libibverbs. Raises `LaneRefused` if they cannot be opened."""
+    ports = []
+    with api.refused("cannot look at the RDMA devices"):
+        for device in api.get_device_list():
+            name = device.name.decode()
+            context = api.Context(name=name)
+            try:
+                count = context.query_device().phys_port_cnt
+                ports += [_port(context, name, number) for number in range(1, count + 1)]
+            finally:
+                context.close()
+    return ports
+
+
+def _port(context: Any, device: str, number: int) -> Port:
+    found = context.query_port(number)
+    gids = tuple(
+        Gid(entry.gid_index, _GID_KINDS[entry.gid_type], entry.gid_str())
+        for entry in context.query_gid_table(max(1, found.gid_tbl_len))
+        if entry.port_num == number
+    )
+    return Port(
+        device=device,
+        number=number,
+        state=_PORT_STATES[found.state],
+        is_ethernet=found.link_layer == enums.IBV_LINK_LAYER_ETHERNET,
+        lid=found.lid,
+        mtu_bytes=api.MTU_BYTES[found.active_mtu],
+        gids=gids,
+    )
+
+
+class Device:
+    """A device that one event loop has open, while lanes use it."""
+
+    def __init__(self, name: str, registered_bytes: int) -> None:
+        """Use `open`."""
+        self.name = name
+        self._users = 0
+        with contextlib.ExitStack() as undo, api.refused(f"cannot open the RDMA device {name}"):
+            api.fork_init()
+            self.context = api.Context(name=name)
+            undo.callback(self.context.close)
+            flags = self.context.query_device().device_cap_flags
+            windows = enums.IBV_DEVICE_MEM_WINDOW_TYPE_2A | enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B
+            self.has_windows = bool(flags & windows)
+            self.pd = api.PD(self.context)
+            undo.callback(self.pd.close)
+            self.pump = CompletionPump(lambda entries: _Queue(self.context, entries))
+            self.registry = Registry(
+                lambda at, size: api.pin(self.pd, at, size, 0), registered_bytes
+            )
+            undo.pop_all()
+
+    @classmethod
+    def open(cls, name: str, *, registered_bytes: int) -> Device:
+        """The running loop's device of this name. Whoever opens it lets go of it by `release`."""
+        opened = _open.setdefault(asyncio.get_running_loop(), {})
+        if name not in opened:
+            opened[name] = cls(name, registered_bytes)
+        opened[name]._users += 1
+        return opened[name]
+
+    async def release(self) -> None:
+        """The last user closes it, and with it goes what is registered."""
+        self._users -= 1
+        if self._users:
+            return
+        del _open[asyncio.get_running_loop()][self.name]
+        self.registry.clear()
+        await self.pump.aclose()
+        self.pd.close()
+        self.context.close()
+
+
+class _Queue:
+    """A CQ with a completion channel of its own, as the completion pump wants it."""
+
+    def __init__(self, context: Any, entries: int) -> None:
+        with api.refused(f"no completion queue of {entries} entries"):
+            self._channel, self._fd = _completion_channel(context)
+            self.cq = api.CQ(context, entries, None, self._channel, 0)
+            self.capacity: int = self.cq.cqe
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def get_events(self) -> int:
+        events = 0
+        try:
+            while True:
+                self._channel.get_cq_event(self.cq)
+                events += 1
+        except api.PyverbsRDMAError as exc:
+            if exc.error_code != errno.EAGAIN:
+                raise OSError(exc.error_code, str(exc)) from exc
+        return events
+
+    def ack(self, events: int) -> None:
+        self.cq.ack_events(events)
+
+    def arm(self) -> None:
+        with api.as_os_error():
+            self.cq.req_notify()
+
+    def poll(self, count: int) -> Sequence[Completion]:
+        with api.as_os_error():
+            found: Sequence[Completion] = self.cq.poll(count)[1]
+        return found
+
+    def close(self) -> None:
+        self.cq.close()
+        self._channel.close()
+
+
+def _completion_channel(context: Any) -> tuple[Any, int]:
+    """A completion channel and its descriptor, which has been `CompChannel.fd` since version 57."""
+    before = _event_files()
+    channel = api.CompChannel(context)
+    fd = getattr(channel, "fd", None)
+    if fd is None:
+        (fd,) = _event_files() - before
+    os.set_blocking(fd, False)  # get_cq_event would block, and hold the interpreter
+    return channel, fd
+
+
+def _event_files() -> set[int]:
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
+            if os.readlink(entry) == "anon_inode:[infinibandevent]":
+                found.add(int(entry.name))
+    return found

@@ -1,0 +1,227 @@
+"""One lane's queue pair on a device, and the memory it may touch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from aiordma.lanes.choice import Choice
+from aiordma.lanes.completion import Completion
+from aiordma.lanes.outbox import Frame, Piece
+from aiordma.lanes.registry import address_of
+from aiordma.lanes.statuses import explain
+from aiordma.lanes.verbs import api
+from aiordma.lanes.verbs.api import enums
+from aiordma.lanes.verbs.device import Device
+from aiordma.ring import Ring, slot_offset
+from aiordma.wire.frames import HEADER_BYTES
+from aiordma.wire.hello import LaneAddress
+
+_RETRIES: Final = 6
+"""7 would be for ever, for soft-RoCE even where the specification says that it is seven times."""
+
+
+class VerbsQueuePair:
+    """A reliable connection (RC), the window to its ring, and what else one lane owns on a device."""
+
+    def __init__(
+        self, device: Device, choice: Choice, ring: Ring, stages: Ring, depth: int, receives: int
+    ) -> None:
+        """Raises `LaneRefused`."""
+        self._device = device
+        self._choice = choice
+        self._receives = receives
+        self._peer: LaneAddress | None = None
+        self._header = (ctypes.c_char * HEADER_BYTES)()
+        size = ring.memory.nbytes
+        with (
+            contextlib.ExitStack() as owned,
+            api.refused(f"{choice.port.name} makes no queue pair"),
+        ):
+            self.reservation = device.pump.reserve(depth + receives)
+            owned.callback(self.reservation.release)
+            self._pd = device.pd
+            access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_MW_BIND
+            if not device.has_windows:
+                self._pd = api.PD(device.context)
+                owned.callback(self._pd.close)
+                access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
+            self._ring = api.pin(self._pd, address_of(ring.memory), size, access)
+            owned.callback(self._ring.close)
+            self._stages = api.pin(self._pd, address_of(stages.memory), stages.memory.nbytes, 0)
+            owned.callback(self._stages.close)
+            key = self._ring.rkey
+            if device.has_windows:
+                self._window = api.MW(self._pd, enums.IBV_MW_TYPE_2)
+                owned.callback(self._window.close)
+                key = api.inc_rkey(self._window.rkey)  # what it will be once it is bound
+            self._qp = _queue_pair(device, self._pd, self.reservation.queue.cq, depth, receives)
+            owned.callback(self._qp.close)
+            self._sge = api.SGE(0, 0, 0)
+            self._receive = api.RecvWR(
+                num_sge=1, sg=[api.SGE(address_of(ring.memory), 1, self._ring.lkey)]
+            )
+            self._owned = owned.pop_all()
+        self.number: int = self._qp.qp_num
+        self.address = LaneAddress(
+            gid=choice.gid.text,
+            lid=choice.port.lid,
+            queue_pair=self.number,
+            start_psn=random.getrandbits(24),
+            mtu_bytes=choice.port.mtu_bytes,
+            ring=address_of(ring.memory),
+            key=key,
+        )
+        self.stages = stages
+        self._stages_at = address_of(stages.memory)
+
+    @property
+    def name(self) -> str:
+        far = "nobody" if self._peer is None else f"{self._peer.queue_pair} at {self._peer.gid}"
+        return f"{self._choice.port.name}, queue pair {self.number} to {far}"
+
+    def connect(self, peer: LaneAddress, rtt_s: float) -> None:
+        """Go to "ready to send", and be ready to receive. Raises `LaneRefused`."""
+        self._peer = peer
+        with api.refused(f"{self.name} cannot be connected"):
+            self._qp.to_rts(self._attributes(peer, rtt_s))
+            self.post_receives(self._receives)
+
+    def expose(self, work_id: int) -> bool:
+        """Open the ring to the peer; whether a completion will tell that it is."""
+        if not self._device.has_windows:
+            return False
+        info = api.MWBindInfo(
+            self._ring, self.address.ring, self._ring.length, enums.IBV_ACCESS_REMOTE_WRITE
+        )
+        with api.as_os_error(), self._posting() as qp:
+            qp.wr_id, qp.wr_flags = work_id, enums.IBV_SEND_SIGNALED
+            qp.wr_bind_mw(self._window, self.address.key, info)
+        return True
+
+    def stage(self, index: int, length: int) -> Piece:
+        """So many bytes of a stage."""
+        at = self._stages_at + slot_offset(index, self.stages.slot_bytes)
+        return Piece(at, length, self._stages.lkey)
+
+    def find(self, memory: memoryview) -> Piece | None:
+        """A piece of registered memory."""
+        return self._device.registry.find(memory) if self._device.has_windows else None
+
+    def submit(self, batch: Sequence[Frame]) -> None:
+        """Post all of it with one doorbell."""
+        assert self._peer is not None
+        ring, key, sge = self._peer.ring, self._peer.key, self._sge
+        with api.as_os_error(), self._posting() as qp:
+            for frame in batch:
+                target = ring + frame.target
+                for piece in frame.pieces:
+                    qp.wr_id, qp.wr_flags = frame.work_id, 0
+                    qp.wr_rdma_write(key, target)
+                    sge.addr, sge.length, sge.lkey = piece.address, piece.length, piece.lkey
+                    qp.wr_set_sge(sge)
+                    target += piece.length
+                qp.wr_id = frame.work_id
+                qp.wr_flags = enums.IBV_SEND_SIGNALED if frame.is_signalled else 0
+                cell = ring + frame.cell * HEADER_BYTES
+                if frame.immediate is None:
+                    qp.wr_rdma_write(key, cell)
+                else:
+                    qp.wr_rdma_write_imm(key, cell, frame.immediate)
+                if frame.header:
+                    self._header.raw = frame.header
+                    qp.wr_set_inline_data(ctypes.addressof(self._header), HEADER_BYTES)
+
+    def post_receives(self, count: int) -> None:
+        """One work request serves all: nothing is ever received into it."""
+        with api.as_os_error():
+            for _ in range(count):
+                self._qp.post_recv(self._receive)
+
+    def fail(self, work_id: int) -> None:
+        """To the error state, with a last work request that is flushed after all others."""
+        attributes = api.QPAttr(qp_state=enums.IBV_QPS_ERR)
+        with api.as_os_error():
+            self._qp.modify(attributes, enums.IBV_QP_STATE)
+            with self._posting() as qp:
+                qp.wr_id, qp.wr_flags = work_id, enums.IBV_SEND_SIGNALED
+                qp.wr_send()
+
+    def explain(self, completion: Completion) -> str:
+        """Name, number, and likely cause."""
+        return explain(completion.status, completion.vendor_err)
+
+    async def aclose(self) -> None:
+        """Destroy the queue pair first: then nothing reads or writes the rest."""
+        self._owned.close()
+        self.stages.close()
+        await self._device.release()
+
+    @contextlib.contextmanager
+    def _posting(self) -> Iterator[Any]:
+        """One batch, one doorbell; nothing is posted if it raises."""
+        qp = self._qp
+        qp.wr_start()
+        try:
+            yield qp
+        except BaseException:
+            qp.wr_abort()
+            raise
+        qp.wr_complete()
+
+    def _attributes(self, peer: LaneAddress, rtt_s: float) -> Any:
+        port = self._choice.port
+        attributes = api.QPAttr(port_num=port.number)
+        attributes.qp_access_flags = enums.IBV_ACCESS_REMOTE_WRITE
+        if port.is_ethernet:
+            route = api.GlobalRoute(
+                dgid=api.GID(peer.gid), sgid_index=self._choice.gid.number, hop_limit=64
+            )
+            attributes.ah_attr = api.AHAttr(gr=route, is_global=1, port_num=port.number)
+        else:
+            attributes.ah_attr = api.AHAttr(dlid=peer.lid, is_global=0, port_num=port.number)
+        mtu_bytes = min(port.mtu_bytes, peer.mtu_bytes)
+        attributes.path_mtu = max(code for code, size in api.MTU_BYTES.items() if size <= mtu_bytes)
+        attributes.dest_qp_num = peer.queue_pair
+        attributes.rq_psn, attributes.sq_psn = peer.start_psn, self.address.start_psn
+        attributes.max_dest_rd_atomic = attributes.max_rd_atomic = 1
+        attributes.min_rnr_timer, attributes.rnr_retry = 12, _RETRIES
+        attributes.timeout, attributes.retry_cnt = timeout_exponent(rtt_s), _RETRIES
+        return attributes
+
+
+def timeout_exponent(rtt_s: float) -> int:
+    """How long a queue pair waits for an acknowledgement, as ibv_modify_qp(3) has it: 4.096 us << n.
+
+    At least 67 ms, and four round trips: below the round trip it would send everything several times.
+    """
+    wanted_s = max(0.067, 4 * rtt_s)
+    return min(21, math.ceil(math.log2(wanted_s / 4.096e-6)))
+
+
+def _queue_pair(device: Device, pd: Any, cq: Any, depth: int, receives: int) -> Any:
+    operations = enums.IBV_QP_EX_WITH_RDMA_WRITE | enums.IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM
+    operations |= enums.IBV_QP_EX_WITH_SEND
+    if device.has_windows:
+        operations |= enums.IBV_QP_EX_WITH_BIND_MW
+    cap = api.QPCap(
+        max_send_wr=depth,
+        max_recv_wr=receives,
+        max_send_sge=1,
+        max_recv_sge=1,
+        max_inline_data=HEADER_BYTES,
+    )
+    wanted = api.QPInitAttrEx(
+        qp_type=enums.IBV_QPT_RC,
+        scq=cq,
+        rcq=cq,
+        cap=cap,
+        pd=pd,
+        comp_mask=enums.IBV_QP_INIT_ATTR_PD | enums.IBV_QP_INIT_ATTR_SEND_OPS_FLAGS,
+        send_ops_flags=operations,
+    )
+    return api.QPEx(device.context, wanted)
