@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+import weakref
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import msgspec
 
-from aiordma.errors import Busy, ChannelClosed, MessageError, TensorError
+from aiordma.errors import Busy, ChannelClosed, ChannelError, MessageError, TensorError
 from aiordma.link import Link
 from aiordma.stats import ChannelStats, LaneInfo, total
 from aiordma.tensors import (
@@ -20,6 +21,7 @@ from aiordma.tensors import (
     allocate,
     destination,
     prepare,
+    require_mapping,
 )
 from aiordma.transfer import Send, Transfer
 from aiordma.wire.credit import Lent
@@ -51,7 +53,8 @@ class Channel:
         self._link = link
         self._peer = peer
         self._lanes = lanes
-        self._is_iterated = False
+        # Weak: an iterator that was left by `break` is gone at once, and must not keep others out.
+        self._consumer: weakref.ref[Transfers] | None = None
 
     @property
     def peer(self) -> str:
@@ -191,6 +194,7 @@ class Channel:
         first chunk came, the transfer stays the next one; later, it is aborted. Either way no byte of `into` is
         written after this returns, and the channel stays usable.
         """
+        _check_request(None, framework)
         arrays: dict[str, Array] = {}
 
         def begin(transfer: Transfer) -> None:
@@ -213,6 +217,7 @@ class Channel:
         `into`: arrays of exactly the transfer's names, dtypes and shapes to receive into. Otherwise like
         `recv_tensor`.
         """
+        _check_request(into, framework)
         arrays: dict[str, Array] = {}
 
         def accept(transfer: Transfer) -> None:
@@ -222,7 +227,7 @@ class Channel:
         return Received(arrays, transfer.meta)
 
     async def _receive(self, accept: Any) -> Transfer:
-        if self._is_iterated:
+        if self._consumed_by() is not None:
             raise Busy("incoming() is being iterated: it gets every transfer until it ends")
         transfer = await self._link.transfers.take(accept)
         try:
@@ -233,24 +238,18 @@ class Channel:
             raise
         return transfer
 
-    async def incoming(self) -> AsyncGenerator[Transfer, None]:
+    def incoming(self) -> Transfers:
         """The transfers that the peer opens, each to be claimed, refused or set aside by the caller.
 
-        One consumer at a time: meanwhile a second one, and `recv_tensor` and `recv_tensors`, raise `Busy`. Ends
-        when the peer has closed the channel in order; raises `ChannelBroken` when it is lost.
+        One consumer at a time: meanwhile a second one, and `recv_tensor` and `recv_tensors`, raise `Busy`. It is
+        one from its first step until it is closed or dropped, as leaving an ``async for`` does. A step that is
+        cancelled or times out loses no transfer, and the next one goes on. Ends when the peer has closed the
+        channel in order; raises `ChannelBroken` when it is lost.
         """
-        if self._is_iterated or self._link.transfers.waiting:
-            raise Busy("somebody else receives transfers from this channel already")
-        self._is_iterated = True
-        try:
-            while True:
-                try:
-                    transfer = await self._link.transfers.take()
-                except ChannelClosed:
-                    return
-                yield transfer
-        finally:
-            self._is_iterated = False
+        return Transfers(self)
+
+    def _consumed_by(self) -> Transfers | None:
+        return None if self._consumer is None else self._consumer()
 
     # State
 
@@ -298,6 +297,40 @@ class Channel:
         await self.aclose()
 
 
+class Transfers:
+    """The async iterator that `Channel.incoming` returns."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._is_over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Transfer:
+        if self._is_over:
+            raise StopAsyncIteration
+        channel = self._channel
+        if channel._consumed_by() is not self:
+            if channel._consumed_by() is not None or channel._link.transfers.waiting:
+                raise Busy("somebody else receives transfers from this channel already")
+            channel._consumer = weakref.ref(self)
+        try:
+            return await channel._link.transfers.take()
+        except ChannelClosed:
+            await self.aclose()
+            raise StopAsyncIteration from None
+        except ChannelError:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """End it: others may receive from the channel now."""
+        self._is_over = True
+        if self._channel._consumed_by() is self:
+            self._channel._consumer = None
+
+
 def _begin(
     transfer: Transfer, into: Mapping[str, Array] | None, framework: Framework
 ) -> dict[str, Array]:
@@ -307,3 +340,11 @@ def _begin(
         return arrays
     transfer.reception.begin(destination(transfer.manifest, into))
     return dict(into)
+
+
+def _check_request(into: object, framework: object) -> None:
+    """What is wrong whatever comes is told at once, and not when something comes."""
+    if framework not in ("numpy", "torch"):
+        raise TensorError(f"unknown framework {framework!r}: use 'numpy' or 'torch'")
+    if into is not None:
+        require_mapping("into", into)

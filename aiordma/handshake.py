@@ -48,7 +48,7 @@ class Parts(msgspec.Struct, eq=False):
     def close(self) -> None:
         """Close every socket and ring."""
         for sock in (self.control, *self.lanes):
-            sock.close()
+            hang_up(sock)
         for ring in self.rings:
             ring.close()
 
@@ -56,6 +56,14 @@ class Parts(msgspec.Struct, eq=False):
     def limits(self) -> tuple[int, int]:
         """Slots a lane, and their size."""
         return min(ring.slots for ring in self.rings), self.rings[0].slot_bytes
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Close a socket for good: a forked process (a DataLoader's worker) may hold it too, and closing alone would
+    neither end a connection nor free a listener's port (shutdown(2))."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
 
 
 def reserve(config: ChannelConfig, lanes: int) -> list[Ring]:

@@ -21,7 +21,7 @@ from aiordma.errors import (
     LaneRefused,
     RemoteProtocolError,
 )
-from aiordma.handshake import Pending, grant, hear, refuse, say
+from aiordma.handshake import Pending, grant, hang_up, hear, refuse, say
 from aiordma.path import Agreed, agree_as_server, propose
 from aiordma.queues import Fifo
 from aiordma.wire import hello
@@ -84,7 +84,7 @@ class Listener:
         while len(self._channels):
             await (await self._channels.take()).aclose()
         await asyncio.sleep(0)  # uvloop takes a reader off later than it says
-        self._sock.close()
+        hang_up(self._sock)
 
     async def __aenter__(self) -> Self:
         return self
@@ -135,7 +135,7 @@ class Listener:
             pass  # silence is answered with silence
         finally:
             if not kept:
-                sock.close()
+                hang_up(sock)
 
     async def _admit(self, sock: socket.socket, peer: str) -> bool:
         kind, body = await hear(sock)

@@ -122,7 +122,8 @@ class Fifo(Generic[T]):
             entry = self._items[0]
             try:
                 accept(entry[1])
-            except AiordmaError as exc:
+            except Exception as exc:
+                # Whatever the taker's own arrays raise is the taker's to know, not the putter's.
                 self._undo(entry[1])
                 future.set_exception(exc)
                 continue

@@ -109,7 +109,7 @@ def prepare(tensors: Mapping[str, object], *, meta: object = None) -> Outgoing:
 
     Raises `TensorError`, which names the tensor and the remedy.
     """
-    _require_mapping("tensors", tensors)
+    require_mapping("tensors", tensors)
     memory = {name: _describe(name, value) for name, value in tensors.items()}
     manifest = wire.lay_out(
         (name, m.dtype, m.shape, (m.device, m.address)) for name, m in memory.items()
@@ -219,7 +219,7 @@ def destination(manifest: Manifest, into: Mapping[str, object]) -> Destination:
     dtype and shape that the manifest says, and overlaps no other, except that tied tensors may be
     one array. Raises `TensorError`, which names the tensor, what is needed and what it got.
     """
-    _require_mapping("into", into)
+    require_mapping("into", into)
     specs = {spec.name: spec for spec in manifest.tensors}
     missing = [name for name in specs if name not in into]
     unknown = [name for name in into if name not in specs]
@@ -261,7 +261,8 @@ def _describe(name: object, value: object) -> _Memory:
     if hasattr(value, "__dlpack__"):
         try:
             shared = np.from_dlpack(cast(Any, value))
-        except (BufferError, RuntimeError, TypeError, ValueError) as exc:
+        except Exception as exc:
+            # Foreign code: an AttributeError for want of __dlpack_device__, among others.
             why = f"({_kind(value)}) cannot be shared by DLPack ({exc}): pass a numpy array of it"
             raise _error(name, why) from exc
         return _describe_numpy(name, shared)
@@ -383,7 +384,8 @@ def _encode_meta(meta: object) -> bytes:
     return encoded
 
 
-def _require_mapping(what: str, value: object) -> None:
+def require_mapping(what: str, value: object) -> None:
+    """Raise `TensorError` for anything but a mapping."""
     if not isinstance(value, Mapping):
         raise TensorError(f"`{what}` must be a mapping from names to arrays, not {_kind(value)}")
 

@@ -335,8 +335,8 @@ class Transfer:
         finally:
             self.reception.end_chunks()
 
-    async def refuse(self, reason: str) -> None:
-        """Do not want it: the sender's call raises `TransferRefused` with the reason.
+    async def refuse(self, reason: object) -> None:
+        """Do not want it: the sender's call raises `TransferRefused` with the reason, a text or an exception.
 
         A sender whose only chunk came whole before has returned already, unless it asked to `confirm`. Refusing
         what is over, because the sender gave it up, does nothing.
@@ -345,4 +345,4 @@ class Transfer:
             raise Busy(
                 f"transfer {self.id} is {self.reception.stage.value}: it cannot be refused now"
             )
-        self.reception.give_up(TransferRefused(reason), reason)
+        self.reception.give_up(TransferRefused(str(reason)), str(reason))

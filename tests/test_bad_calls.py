@@ -111,6 +111,47 @@ async def test_a_destination_that_does_not_fit(pair, into, text, is_waiting):
     await sending
 
 
+class HalfShared:
+    """Has one half of the DLPack protocol, of which numpy makes an AttributeError."""
+
+    def __dlpack__(self, **options):
+        raise NotImplementedError
+
+
+class Failing(dict[str, object]):
+    def __getitem__(self, name):
+        raise ZeroDivisionError(name)
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+@pytest.mark.parametrize(
+    ("into", "error"),
+    [({"a": HalfShared(), "b": B}, TensorError), (Failing(a=A, b=B), ZeroDivisionError)],
+    ids=["half of DLPack", "a mapping that fails"],
+)
+async def test_a_destination_that_raises_harms_its_own_call_only(pair, into, error, is_waiting):
+    near, far = pair
+    receiving = asyncio.ensure_future(far.recv_tensors(into=into)) if is_waiting else None
+    if is_waiting:
+        await asyncio.gather(near.ping(), far.ping())
+    tensors = {"a": np.array([1, 2], np.int32), "b": np.array([[3]], np.float32)}
+    sending = asyncio.create_task(near.send_tensors(tensors, confirm=True))
+    with pytest.raises(error):
+        await (receiving or far.recv_tensors(into=into))
+    await fits(near, far)
+    await sending
+
+
+async def test_a_request_that_can_never_be_met_does_not_wait_for_a_transfer(pair):
+    _, far = pair
+    with pytest.raises(TensorError, match="unknown framework 'jax': use 'numpy' or 'torch'"):
+        await far.recv_tensor(framework="jax")
+    with pytest.raises(TensorError, match="unknown framework 'jax'"):
+        await far.recv_tensors(framework="jax")
+    with pytest.raises(TensorError, match="`into` must be a mapping"):
+        await far.recv_tensors(into=A)
+
+
 async def test_several_tensors_where_one_was_asked_for(pair):
     near, far = pair
     tensors = {"a": np.array([1, 2], np.int32), "b": np.array([[3]], np.float32)}

@@ -92,7 +92,7 @@ CLIENTS = [
         id="another version",
     ),
     pytest.param(
-        PREFACE.pack(b"aiordma", b"C", 1, 0, 4097), ("a body of 4097 bytes", REMEDY), id="large"
+        PREFACE.pack(b"aiordma", b"C", 1, 0, 16385), ("a body of 16385 bytes", REMEDY), id="large"
     ),
     pytest.param(PREFACE.pack(b"aiordma", b"X", 1, 0, 0), ("unknown kind b'X'", REMEDY), id="kind"),
     pytest.param(

@@ -19,6 +19,7 @@ from aiordma import (
     ChannelClosed,
     ChannelConfig,
     ChannelError,
+    ConnectError,
     listen,
 )
 from aiordma.ring import BUDGET
@@ -241,6 +242,34 @@ async def test_a_peer_notices_the_end_though_a_forked_process_holds_the_sockets(
             worker.close()
             ours.close()
             theirs.close()
+
+
+async def test_a_listener_ends_though_a_forked_process_holds_its_sockets() -> None:
+    fork = multiprocessing.get_context("fork")
+    async with listen(config=ChannelConfig(connect_timeout_s=0.2)) as listener:
+        reader, writer = await asyncio.open_connection(*listener.address)
+        await turns(5)
+        ours, theirs = fork.Pipe()
+        worker = fork.Process(target=_echo, args=(theirs,))
+        worker.start()
+        try:
+            ours.send("up")
+            assert ours.recv() == "up"
+            async with asyncio.timeout(10):  # the handshake that never comes is given up
+                assert not await reader.read()
+            await listener.aclose()
+            with pytest.raises(ConnectError, match="refused"):
+                await aiordma.connect(*listener.address, timeout_s=2)
+            async with listen(port=listener.address[1]):
+                pass
+        finally:
+            ours.send(None)
+            worker.join()
+            worker.close()
+            ours.close()
+            theirs.close()
+            writer.close()
+            await writer.wait_closed()
 
 
 def _echo(pipe: Any) -> None:

@@ -80,7 +80,7 @@ async def test_what_a_channel_says_of_itself() -> None:
                 (lane,) = channel.lanes
                 assert isinstance(lane, LaneInfo)
                 assert (lane.index, lane.kind) == (0, "tcp")
-                assert "no RDMA" in lane.reason
+                assert lane.reason == "tcp: the client: require='tcp'"
                 assert 0 < channel.stats().rtt_s < 5
                 assert not channel.is_closed
             assert repr(near) == f"<aiordma.Channel to {near.peer}, 1 tcp lane(s), open>"

@@ -79,7 +79,7 @@ def test_another_version_is_named(version: Any) -> None:
     ("preface", "text"),
     [
         (PREFACE[:7] + b"X" + PREFACE[8:], "unknown kind b'X'"),
-        (PREFACE[:12] + struct.pack("<I", 4097), "a body of 4097 bytes"),
+        (PREFACE[:12] + struct.pack("<I", 16385), "a body of 16385 bytes"),
         (PREFACE[:12] + b"\xff" * 4, "a body of 4294967295 bytes"),
     ],
 )
@@ -88,8 +88,8 @@ def test_a_preface_that_cannot_be(preface: bytes, text: str) -> None:
         hello.decode_preface(preface)
 
 
-def test_the_largest_body_is_4096_bytes() -> None:
-    assert hello.decode_preface(PREFACE[:12] + struct.pack("<I", 4096)) == (b"C", 4096)
+def test_the_largest_body_is_16384_bytes() -> None:
+    assert hello.decode_preface(PREFACE[:12] + struct.pack("<I", 16384)) == (b"C", 16384)
 
 
 @given(
@@ -101,7 +101,7 @@ def test_random_prefaces_are_one_or_an_error(data: Any) -> None:
     except (ForeignPeer, VersionMismatch, RemoteProtocolError):
         return
     assert kind in (b"C", b"L")
-    assert length <= 4096
+    assert length <= 16384
 
 
 BAD_BODIES = {

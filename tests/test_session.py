@@ -475,3 +475,22 @@ def test_an_abort_tells_the_peer_why(
 
 def test_an_unknown_cause_is_an_abort() -> None:
     assert type(error_of(Abort(1, True, "moonlight", "why not"))) is TransferAborted
+
+
+def test_a_peer_that_never_sends_the_first_chunk_is_stopped(monkeypatch):
+    monkeypatch.setattr("aiordma.wire.receiving._MOST_OUT_OF_ORDER", 100)
+    nbytes = 1 << 40
+    manifest = manifests.Manifest((manifests.TensorSpec("w", "U8", (nbytes,), 0),), nbytes)
+    incoming = Incoming(
+        id=1,
+        manifest=manifest,
+        meta=b"",
+        chunk_bytes=64,
+        open_bytes=1,
+        is_claimed=True,
+        was_claimed=True,
+    )
+    for i in range(1, 101):
+        incoming.admit(ChunkHeader(0, 64, 1, 64 * i, None))
+    with pytest.raises(RemoteProtocolError, match="100 chunks came before the one at 0"):
+        incoming.admit(ChunkHeader(0, 64, 1, 64 * 101, None))

@@ -99,6 +99,23 @@ async def test_a_refused_transfer_says_why_and_blocks_nothing(pair: Pair) -> Non
             assert f"no room for number {i}" in str(outcome)
 
 
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [(ValueError("no room"), "no room"), ("bad \udc80 name", r"bad \udc80 name")],
+    ids=["an exception", "no Unicode"],
+)
+async def test_a_refusal_arrives_whatever_its_reason_is(
+    pair: Pair, reason: object, text: str
+) -> None:
+    near, far = pair
+    sending = asyncio.create_task(near.send_tensor(noise(9 * SLOT)))
+    await (await anext(far.incoming())).refuse(reason)
+    async with asyncio.timeout(10):
+        with pytest.raises(TransferRefused) as caught:
+            await sending
+    assert text in str(caught.value)
+
+
 async def test_leaving_chunks_early_aborts_the_transfer(pair: Pair) -> None:
     near, far = pair
     sending = asyncio.create_task(near.send_tensor(noise(30 * SLOT)))
@@ -163,6 +180,32 @@ async def test_incoming_is_for_one_consumer(pair: Pair) -> None:
     assert await far.recv()
 
 
+async def test_leaving_the_loop_over_incoming_lets_others_receive_at_once(pair: Pair) -> None:
+    near, far = pair
+    sending = [asyncio.create_task(near.send_tensor(noise(100, i))) for i in range(3)]
+    async for transfer in far.incoming():
+        assert alike((await transfer.arrays())["tensor"], noise(100, 0))
+        break
+    assert alike(await far.recv_tensor(), noise(100, 1))
+    assert alike((await (await anext(far.incoming())).arrays())["tensor"], noise(100, 2))
+    await asyncio.gather(*sending)
+
+
+async def test_a_step_of_incoming_that_is_cancelled_is_not_its_end(pair: Pair) -> None:
+    near, far = pair
+    transfers = far.incoming()
+    waiting = asyncio.ensure_future(anext(transfers))
+    await turns(2)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    sending = asyncio.create_task(near.send_tensor(noise(100)))
+    assert alike((await (await anext(transfers)).arrays())["tensor"], noise(100))
+    await sending
+    await transfers.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await anext(transfers)
+
+
 # Many at once
 
 
@@ -211,6 +254,21 @@ async def test_transfers_that_nobody_asks_for_block_no_other(pair: Pair) -> None
         for transfer in left:
             await transfer.refuse("unwanted")
     await asyncio.gather(*unwanted, return_exceptions=True)
+
+
+async def test_transfers_set_aside_do_not_use_up_the_window_of_the_others(pair: Pair) -> None:
+    near, far = pair
+    aside = CONFIG.open_transfers - 6
+    sending = [asyncio.create_task(near.send_tensor(noise(10), meta=i)) for i in range(aside + 40)]
+    async with aclosing(far.incoming()) as transfers, asyncio.timeout(20):
+        left = [await anext(transfers) for _ in range(aside)]
+        for i in range(40):
+            transfer = await anext(transfers)
+            assert transfer.meta == aside + i
+            await transfer.arrays()
+        for transfer in left:
+            await transfer.arrays()
+    await asyncio.gather(*sending)
 
 
 async def test_1000_transfers_at_once(pair: Pair) -> None:

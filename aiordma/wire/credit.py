@@ -127,7 +127,10 @@ class SendWindow:
 class GrantWindow:
     """The receiver's side of a `SendWindow`: what came, what was dealt with, what to grant and when."""
 
-    def __init__(self, count: int, nbytes: int, what: str) -> None:
+    def __init__(self, count: int, nbytes: int, what: str, *, is_prompt: bool = False) -> None:
+        """`is_prompt`: grant at once whatever was gained when the peer has little left. For things that need
+        not be dealt with in order: those that stay would else keep the window's last quarter shut for good."""
+        self._is_prompt = is_prompt
         self._window = (count, nbytes)
         self._limits = (count, nbytes)
         self._came = (0, 0)
@@ -154,11 +157,15 @@ class GrantWindow:
             )
 
     def settle(self, nbytes: int) -> tuple[int, int] | None:
-        """One thing is dealt with. New limits to grant, once a quarter of the window would be gained."""
+        """One thing is dealt with. New limits to grant, once a quarter of the window would be gained (or as
+        `is_prompt` says)."""
         self._done = (self._done[0] + 1, self._done[1] + nbytes)
         limits = (self._done[0] + self._window[0], self._done[1] + self._window[1])
         gained = (limits[0] - self._limits[0], limits[1] - self._limits[1])
-        if gained[0] * 4 < self._window[0] and gained[1] * 4 < self._window[1]:
+        left = (self._limits[0] - self._came[0], self._limits[1] - self._came[1])
+        is_low = left[0] * 4 < self._window[0] or left[1] * 4 < self._window[1]
+        is_worth_it = gained[0] * 4 >= self._window[0] or gained[1] * 4 >= self._window[1]
+        if not (is_worth_it or (self._is_prompt and is_low)):
             return None
         self._limits = limits
         return limits

@@ -8,6 +8,7 @@ the peer could not know yet. Everything else that does not fit is a protocol err
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 import msgspec
 
@@ -15,6 +16,10 @@ from aiordma.errors import RemoteProtocolError
 from aiordma.wire.credit import GrantWindow
 from aiordma.wire.frames import ChunkHeader
 from aiordma.wire.manifest import Manifest
+
+_MOST_OUT_OF_ORDER: Final = 1 << 16
+"""Chunks of one transfer that may overtake one that still lacks: a lane far behind the others, not a peer
+that never sends it and fills our memory with what came besides."""
 
 
 class Verdict(enum.Enum):
@@ -61,8 +66,12 @@ class Incoming(msgspec.Struct, eq=False, kw_only=True):
             raise RemoteProtocolError(f"a second chunk of transfer {self.id}, which is not claimed")
         if index < self._low or index in self._beyond:
             raise RemoteProtocolError(f"transfer {self.id}: the chunk at {offset} came twice")
+        if len(self._beyond) >= _MOST_OUT_OF_ORDER:
+            raise RemoteProtocolError(
+                f"transfer {self.id}: {len(self._beyond)} chunks came before the one at {self._low * self.chunk_bytes}"
+            )
         self.chunks += 1
-        # Senders submit rising offsets, so what came out of order stays as small as the window.
+        # Senders submit rising offsets: out of order is only what overtakes a chunk on a slower lane.
         self._beyond.add(index)
         while self._low in self._beyond:
             self._beyond.remove(self._low)

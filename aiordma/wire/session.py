@@ -90,7 +90,9 @@ class Session:
         self._limits = ours
         self._max_tensors = max_tensors
         self._max_transfer_bytes = max_transfer_bytes
-        self._opens_in = GrantWindow(ours.open_transfers, ours.manifest_bytes, "OPEN")
+        self._opens_in = GrantWindow(
+            ours.open_transfers, ours.manifest_bytes, "OPEN", is_prompt=True
+        )
         self._messages_in = GrantWindow(ours.messages, ours.message_bytes, "message")
         self.opens_out = SendWindow(peers.open_transfers, peers.manifest_bytes)
         self.messages_out = SendWindow(peers.messages, peers.message_bytes)
@@ -321,4 +323,6 @@ def _abort(transfer: int, *, by_sender: bool, error: AiordmaError | None, reason
     cause = "aborted"
     if isinstance(error, TransferError):
         cause = _CAUSE_OF.get(type(error), "aborted")
-    return Abort(transfer, by_sender, cause, reason[:_MAX_REASON_CHARS])
+    # A reason with half a surrogate pair in it (a file's name, say) is no UTF-8, and must not keep the word back.
+    text = reason[:_MAX_REASON_CHARS].encode(errors="backslashreplace").decode()
+    return Abort(transfer, by_sender, cause, text)
