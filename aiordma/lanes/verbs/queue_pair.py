@@ -126,7 +126,9 @@ class VerbsQueuePair:
                     qp.wr_set_sge(sge)
                     target += piece.length
                 qp.wr_id = frame.work_id
-                qp.wr_flags = enums.IBV_SEND_SIGNALED if frame.is_signalled else 0
+                # rxe looks at the flag, though ibv_wr_post(3) says that the call is enough.
+                flags = enums.IBV_SEND_INLINE if frame.header else 0
+                qp.wr_flags = flags | enums.IBV_SEND_SIGNALED if frame.is_signalled else flags
                 cell = ring + frame.cell * HEADER_BYTES
                 if frame.immediate is None:
                     qp.wr_rdma_write(key, cell)
