@@ -24,6 +24,7 @@ from aiordma.errors import (
     ManifestError,
     MessageError,
     PeerTimeout,
+    RegistrationError,
     RemoteProtocolError,
     TensorError,
     TransferAborted,
@@ -33,6 +34,7 @@ from aiordma.errors import (
     VersionMismatch,
 )
 from aiordma.listener import Listener, Server
+from aiordma.registration import Registration
 from aiordma.ring import set_memory_budget
 from aiordma.stats import ChannelStats, LaneInfo, LaneStats
 from aiordma.tensors import Outgoing, prepare
@@ -67,6 +69,8 @@ __all__ = [
     "Outgoing",
     "PeerTimeout",
     "Received",
+    "Registration",
+    "RegistrationError",
     "RemoteProtocolError",
     "Server",
     "TensorError",

@@ -11,6 +11,7 @@ from aiordma.control import Control, MemoryControl, TcpControl
 from aiordma.handshake import Parts, limits_of, reserve
 from aiordma.lanes.base import Lane
 from aiordma.lanes.memory import MemoryLane
+from aiordma.lanes.registry import Registry
 from aiordma.lanes.tcp import TcpLane
 from aiordma.link import Link
 from aiordma.path import Agreed
@@ -31,7 +32,17 @@ async def build(
     control = await TcpControl.open(parts.control)
     lanes: Sequence[Lane] = agreed.lanes or [TcpLane(sock, loop) for sock in parts.lanes]
     reason = f"{lanes[0].kind}: {agreed.reason}"
-    return join(control, lanes, parts.rings, parts.peer_limits, config, peer, reason, rtt_s)
+    return join(
+        control,
+        lanes,
+        parts.rings,
+        parts.peer_limits,
+        config,
+        peer=peer,
+        reason=reason,
+        rtt_s=rtt_s,
+        registry=agreed.registry,
+    )
 
 
 def join(
@@ -40,10 +51,13 @@ def join(
     rings: list[Ring],
     peer_limits: Limits,
     config: ChannelConfig,
+    *,
     peer: str,
     reason: str,
     rtt_s: float,
+    registry: Registry | None = None,
 ) -> Channel:
+    """A channel over these lanes, each with its ring."""
     session = Session(
         limits_of(config, rings),
         peer_limits,
@@ -57,7 +71,7 @@ def join(
         Port(i, lane, ring, link) for i, (lane, ring) in enumerate(zip(lanes, rings, strict=True))
     ]
     infos = tuple(LaneInfo(index=p.index, kind=p.lane.kind, reason=reason) for p in ports)
-    channel = Channel(link, peer=peer, lanes=infos)
+    channel = Channel(link, peer=peer, lanes=infos, registry=registry)
     link.start(ports)
     return channel
 

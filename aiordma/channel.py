@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Self, TypeVar, overload
 import msgspec
 
 from aiordma.errors import Busy, ChannelClosed, ChannelError, MessageError, TensorError
+from aiordma.lanes.registry import Registry
 from aiordma.link import Link
+from aiordma.registration import Registration
 from aiordma.stats import ChannelStats, LaneInfo, total
 from aiordma.tensors import (
     Array,
@@ -48,11 +50,19 @@ class Channel:
     after a `ChannelError` it does not. Use as ``async with channel:`` or call `aclose`.
     """
 
-    def __init__(self, link: Link, *, peer: str, lanes: tuple[LaneInfo, ...]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        *,
+        peer: str,
+        lanes: tuple[LaneInfo, ...],
+        registry: Registry | None = None,
+    ) -> None:
         """Channels are made by `connect`, `listen` and `serve`."""
         self._link = link
         self._peer = peer
         self._lanes = lanes
+        self._registry = registry
         # Weak: an iterator that was left by `break` is gone at once, and must not keep others out.
         self._consumer: weakref.ref[Transfers] | None = None
 
@@ -95,7 +105,7 @@ class Channel:
                 f"the message has {len(payload)} bytes, and the peer takes {limit}: send tensors with send_tensor"
             )
         self._link.check()
-        await self._link.outbox.enter(len(payload))
+        await self._link.gates.messages.enter(len(payload))
         self._link.message(payload)
 
     @overload
@@ -164,8 +174,29 @@ class Channel:
                 f"the manifest of these {len(outgoing.manifest.tensors)} tensors has {cost} bytes, and the peer "
                 f"takes {limit}: send them in several transfers, or raise its manifest_bytes"
             )
-        await link.opens.enter(cost)
+        await link.gates.opens.enter(cost)
         await self._wait(link.send(outgoing), confirm=confirm)
+
+    def register(self, t: object) -> Registration:
+        """Let RDMA devices read a tensor where it lies, so that it is sent without a copy.
+
+        Pins its memory, at a few gigabytes a second, until the tensor goes, `Registration.release`, the end of
+        the last channel on that device, or others past `registered_bytes` need the room. Once is enough for all
+        channels of one event loop on one device, and for whatever views of it are sent. Over other lanes, which
+        need no such thing, it does nothing.
+
+        Raises `TensorError` for what cannot travel or is not in host memory, `RegistrationError` if the memory
+        cannot be pinned (RLIMIT_MEMLOCK, most likely). ibv_reg_mr(3).
+        """
+        self._link.check()
+        outgoing = prepare({"tensor": t})
+        nbytes = outgoing.manifest.total_bytes
+        if not outgoing.is_host:
+            raise TensorError("only host memory is registered: send it as it is, or a copy of it")
+        if self._registry is None or not nbytes:
+            return Registration(nbytes, None)
+        (memory,) = outgoing.views(0, nbytes)
+        return Registration(nbytes, self._registry.add(t, memory))
 
     async def _wait(self, send: Send, *, confirm: bool) -> None:
         try:

@@ -7,6 +7,7 @@
     │   ├── ConfigError               a setting that cannot work (also a ValueError)
     │   ├── MessageError              a message that cannot travel (also a ValueError)
     │   ├── TensorError               an array that cannot travel, or cannot be received so (also a ValueError)
+    │   ├── RegistrationError         memory that cannot be registered with an RDMA device
     │   └── Busy                      somebody else holds it: a queue's consumer, the memory budget
     ├── ChannelError                  the channel is of no more use
     │   ├── ChannelClosed             one of the ends closed it on purpose
@@ -44,6 +45,7 @@ __all__ = [
     "ManifestError",
     "MessageError",
     "PeerTimeout",
+    "RegistrationError",
     "RemoteProtocolError",
     "TensorError",
     "TransferAborted",
@@ -73,6 +75,10 @@ class MessageError(LocalError, ValueError):
 
 class TensorError(LocalError, ValueError):
     """An array that cannot travel, or cannot be received as asked. Names the tensor."""
+
+
+class RegistrationError(LocalError):
+    """Memory cannot be registered with an RDMA device: a limit of the device or of the process."""
 
 
 class Busy(LocalError):

@@ -24,7 +24,7 @@ from aiordma.errors import (
 from aiordma.loans import Loans
 from aiordma.port import Port, Subject
 from aiordma.pulse import Pulse
-from aiordma.queues import Fifo, Gate
+from aiordma.queues import Fifo, Gate, Gates
 from aiordma.stats import Counters
 from aiordma.tensors import Outgoing
 from aiordma.transfer import Reception, Send, Stage, Transfer
@@ -47,8 +47,7 @@ class Link:
             undo=lambda t: t.reception.let_go(), on_waiting=self._claim_ahead, order=lambda t: t.id
         )
         self.messages: Fifo[bytes] = Fifo()
-        self.opens = Gate(session.opens_out)
-        self.outbox = Gate(session.messages_out)
+        self.gates = Gates(Gate(session.opens_out), Gate(session.messages_out))
         self.sends: dict[int, Send] = {}
         self.receptions: dict[int, Reception] = {}
         self.loans = Loans(lambda transfer: self._recall(transfer, is_sending=True))
@@ -272,9 +271,9 @@ class Link:
                 self.moved(event.transfer)
                 self._fill_all()
             case wire.MessageCredit():
-                self.outbox.open()
+                self.gates.messages.open()
             case wire.OpenCredit():
-                self.opens.open()
+                self.gates.opens.open()
             case wire.Pong():
                 self.counters.rtt_s = self._pulse.answered(event.token) or self.counters.rtt_s
             case wire.Bye():
@@ -358,7 +357,7 @@ class Link:
                 reception.fail(again(error))
                 self.recall(reception)
         self._early.clear()
-        for ending in (self.opens, self.outbox, self.transfers, self.messages):
+        for ending in (*self.gates, self.transfers, self.messages):
             ending.fail(error)
         self._closing = asyncio.get_running_loop().create_task(self._close(error))
 

@@ -16,10 +16,18 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from aiordma.config import ChannelConfig
-from aiordma.errors import AiordmaError, Busy, ChannelBroken, LaneRefused, RemoteProtocolError
+from aiordma.errors import (
+    AiordmaError,
+    Busy,
+    ChannelBroken,
+    LaneRefused,
+    RegistrationError,
+    RemoteProtocolError,
+)
 from aiordma.handshake import MAX_REASON_CHARS, Parts, hear, say
 from aiordma.lanes.choice import SOFT_ROCE, Choice, choose
 from aiordma.lanes.rdma import RdmaLane
+from aiordma.lanes.registry import Registry
 from aiordma.ring import Ring
 from aiordma.wire import hello
 from aiordma.wire.hello import Answer, Hello, LaneAddress, Limits, Verdict
@@ -27,7 +35,7 @@ from aiordma.wire.hello import Answer, Hello, LaneAddress, Limits, Verdict
 _DEVICES: Final = Path("/sys/class/infiniband")
 _RTT_AT: Final = slice(68, 72)  # tcpi_rtt, microseconds, in struct tcp_info
 
-_CANNOT = (LaneRefused, Busy, ChannelBroken)
+_CANNOT = (LaneRefused, RegistrationError, Busy, ChannelBroken)
 """What stands against RDMA lanes, and not against the channel."""
 
 
@@ -63,12 +71,14 @@ class RdmaPath:
         self.lanes: list[RdmaLane] = []
         self._pairs: list[Any] = []
         self._large_bytes = choice.port.mtu_bytes
+        self.registry: Registry | None = None
 
     async def open(self, config: ChannelConfig, rings: Sequence[Ring], peer: Limits) -> None:
         """Make a queue pair for each ring. Raises `LaneRefused`, or `Busy` beyond the memory budget."""
         verbs, name = _verbs(), self.choice.port.device
         for ring in rings:
             device = verbs.Device.open(name, registered_bytes=config.registered_bytes)
+            self.registry = device.registry
             try:
                 pair, lane = verbs.open_lane(device, self.choice, ring, peer)
             except BaseException:
@@ -127,6 +137,8 @@ class Agreed(msgspec.Struct, frozen=True):
 
     lanes: tuple[RdmaLane, ...]
     reason: str
+    registry: Registry | None = None
+    """What is registered with their device."""
 
 
 async def propose(
@@ -194,7 +206,7 @@ async def _failure(step: Coroutine[Any, Any, None]) -> str:
 async def _conclude(path: RdmaPath, *, client: str, server: str) -> Agreed:
     if client or server:
         return await _no(path, f"the client: {client}" if client else f"the server: {server}")
-    return Agreed(tuple(path.lanes), path.description)
+    return Agreed(tuple(path.lanes), path.description, path.registry)
 
 
 async def _no(path: RdmaPath, reason: str) -> Agreed:

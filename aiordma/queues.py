@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from aiordma.errors import AiordmaError, again
 from aiordma.wire.credit import SendWindow
@@ -177,3 +177,10 @@ class Gate:
         for _, future in self._waiting:
             if not future.done():
                 future.set_exception(again(error))
+
+
+class Gates(NamedTuple):
+    """What this end may send only as the peer's windows allow."""
+
+    opens: Gate
+    messages: Gate

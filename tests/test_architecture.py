@@ -23,12 +23,18 @@ PACKAGES = ("aiordma", "fedllm")
 
 WIRE_LEAVES = "aiordma.errors aiordma.wire.frames aiordma.wire.manifest aiordma.wire.credit"
 WIRE = "aiordma.wire aiordma.wire.*"
+RDMA = (
+    "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames aiordma.wire.hello aiordma.lanes.choice"
+    " aiordma.lanes.completion aiordma.lanes.outbox aiordma.lanes.rdma aiordma.lanes.registry"
+    " aiordma.lanes.statuses"
+)
 BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
 
 ROOMS: Mapping[str, str] = {
     # module pattern: the modules of this project that it may import ("aiordma": by public name)
     "aiordma": "aiordma.errors aiordma.config aiordma.ring aiordma.wire.manifest aiordma.tensors"
-    " aiordma.stats aiordma.chunk aiordma.transfer aiordma.channel aiordma.listener aiordma.endpoint",
+    " aiordma.stats aiordma.chunk aiordma.transfer aiordma.registration aiordma.channel aiordma.listener"
+    " aiordma.endpoint",
     "aiordma.errors": "",
     "aiordma.config": "aiordma.errors",
     "aiordma.ring": "aiordma.errors aiordma.config",
@@ -44,8 +50,11 @@ ROOMS: Mapping[str, str] = {
     "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames",
     "aiordma.lanes.rdma": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
     " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox",
-    "aiordma.lanes.verbs": "aiordma.errors aiordma.ring aiordma.lanes.completion aiordma.lanes.outbox"
-    " aiordma.lanes.rdma aiordma.lanes.registry",
+    "aiordma.lanes.choice": "aiordma.errors",
+    "aiordma.lanes.registry": "aiordma.errors aiordma.lanes.outbox",
+    "aiordma.lanes.statuses": "",
+    "aiordma.lanes.verbs": f"{RDMA} aiordma.lanes.verbs.*",
+    "aiordma.lanes.verbs.*": f"{RDMA} aiordma.lanes.verbs aiordma.lanes.verbs.*",
     "aiordma.lanes.*": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames aiordma.lanes.base",
     "aiordma.control": "aiordma.errors",
     "aiordma.pulse": "aiordma.errors",
@@ -53,20 +62,24 @@ ROOMS: Mapping[str, str] = {
     "aiordma.chunk": f"aiordma.errors aiordma.tensors {WIRE}",
     "aiordma.transfer": f"aiordma.errors aiordma.tensors aiordma.chunk {WIRE}",
     "aiordma.loans": "",
+    "aiordma.registration": "",
+    "aiordma.path": "aiordma.errors aiordma.config aiordma.ring aiordma.handshake aiordma.lanes.choice"
+    f" aiordma.lanes.rdma aiordma.lanes.registry aiordma.lanes.verbs {WIRE}",
     "aiordma.early": "aiordma.chunk aiordma.wire.frames",
     "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.tensors aiordma.chunk aiordma.transfer"
     f" aiordma.lanes.base {WIRE}",
     "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.chunk aiordma.control"
     f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early"
     f" aiordma.loans aiordma.port {WIRE}",
-    "aiordma.channel": f"aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link {WIRE}",
+    "aiordma.channel": "aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
+    f" aiordma.registration aiordma.lanes.registry {WIRE}",
     "aiordma.handshake": f"aiordma.errors aiordma.config aiordma.ring {WIRE}",
     "aiordma.assembly": "aiordma.errors aiordma.config aiordma.ring aiordma.stats aiordma.control"
-    f" aiordma.port aiordma.link aiordma.channel aiordma.handshake aiordma.lanes.* {WIRE}",
+    f" aiordma.port aiordma.link aiordma.channel aiordma.handshake aiordma.path aiordma.lanes.* {WIRE}",
     "aiordma.listener": "aiordma.errors aiordma.config aiordma.queues aiordma.channel"
-    f" aiordma.handshake aiordma.assembly {WIRE}",
+    f" aiordma.handshake aiordma.path aiordma.assembly {WIRE}",
     "aiordma.endpoint": "aiordma.errors aiordma.config aiordma.channel aiordma.handshake"
-    " aiordma.assembly aiordma.listener",
+    " aiordma.path aiordma.assembly aiordma.listener aiordma.lanes.choice",
     "aiordma.bench": "",
     "aiordma.bench.*": "aiordma aiordma.errors aiordma.bench aiordma.bench.*",
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.*",

@@ -12,11 +12,12 @@ import weakref
 from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from aiordma.errors import Busy
+from aiordma.errors import RegistrationError
 from aiordma.lanes.outbox import Piece
 
 _NEIGHBOURS: Final = 8
@@ -57,32 +58,35 @@ class Registry:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, owner: object, memory: memoryview) -> None:
-        """Register memory for as long as its owner lives; once, however often this is called.
+    def add(self, owner: object, memory: memoryview) -> Callable[[], None]:
+        """Register memory for as long as its owner lives, or until what is returned is called.
 
-        What was asked for least recently makes room. Raises `Busy` for more than the limit, and what
-        `register` raises.
+        Once, however often this is called. What was asked for least recently makes room. Raises
+        `RegistrationError` for more than the limit, and for an owner whose end cannot be watched.
         """
         address = address_of(memory)
         key = (id(owner), address, memory.nbytes)
         if key in self._entries:
             self._entries.move_to_end(key)
-            return
+            return partial(self._forget, key)
         if memory.nbytes > self._limit_bytes:
-            raise Busy(
+            raise RegistrationError(
                 f"{memory.nbytes} bytes are more than registered_bytes={self._limit_bytes} allows: raise it, or "
                 "send them unregistered, through the ring"
             )
         while self.nbytes + memory.nbytes > self._limit_bytes:
             self._forget(next(iter(self._entries)))
+        try:
+            watch = weakref.ref(owner, lambda _: self._forget(key))
+        except TypeError as exc:
+            raise RegistrationError(
+                f"a {type(owner).__qualname__} cannot be registered, since nobody is told when it goes: register "
+                "a numpy array or a torch tensor of it"
+            ) from exc
         region = self._register(address, memory.nbytes)
-        watch = weakref.ref(owner, lambda _: self._forget(key))
         self._entries[key] = _Entry(address, memory.nbytes, id(owner), region, watch)
         insort(self._starts, (address, key))
-
-    def drop(self, owner: object, memory: memoryview) -> None:
-        """Unpin it now, or as soon as nothing that is under way reads it."""
-        self._forget((id(owner), address_of(memory), memory.nbytes))
+        return partial(self._forget, key)
 
     def find(self, memory: memoryview) -> Piece | None:
         """This memory as a piece of what is registered, if it lies within."""

@@ -12,7 +12,7 @@ import resource
 from collections.abc import Iterator
 from typing import Any
 
-from aiordma.errors import LaneRefused
+from aiordma.errors import LaneRefused, RegistrationError
 
 _root = logging.getLogger()
 _logging_before = _root.handlers[:], _root.level
@@ -68,13 +68,13 @@ MTU_BYTES = {1: 256, 2: 512, 3: 1024, 4: 2048, 5: 4096}
 
 
 def pin(pd: Any, address: int, nbytes: int, access: int) -> Any:
-    """Register memory. Raises `LaneRefused` with what stands against it."""
+    """Register memory. Raises `RegistrationError` with what stands against it."""
     try:
         return MR(pd, nbytes, access, address=address)
     except PyverbsRDMAError as exc:
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
-        raise LaneRefused(
+        raise RegistrationError(
             f"{nbytes} bytes cannot be registered ({os.strerror(exc.error_code)}; RLIMIT_MEMLOCK is {limit}): raise "
             "it (ulimit -l, LimitMEMLOCK= of systemd, --ulimit memlock= of Docker), or use fewer or smaller slots"
         ) from exc

@@ -37,34 +37,16 @@ class VerbsQueuePair:
         self._receives = receives
         self._peer: LaneAddress | None = None
         self._header = (ctypes.c_char * HEADER_BYTES)()
-        size = ring.memory.nbytes
         with (
             contextlib.ExitStack() as owned,
             api.refused(f"{choice.port.name} makes no queue pair"),
         ):
             self.reservation = device.pump.reserve(depth + receives)
             owned.callback(self.reservation.release)
-            self._pd = device.pd
-            access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_MW_BIND
-            if not device.has_windows:
-                self._pd = api.PD(device.context)
-                owned.callback(self._pd.close)
-                access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
-            self._ring = api.pin(self._pd, address_of(ring.memory), size, access)
-            owned.callback(self._ring.close)
-            self._stages = api.pin(self._pd, address_of(stages.memory), stages.memory.nbytes, 0)
-            owned.callback(self._stages.close)
-            key = self._ring.rkey
-            if device.has_windows:
-                self._window = api.MW(self._pd, enums.IBV_MW_TYPE_2)
-                owned.callback(self._window.close)
-                key = api.inc_rkey(self._window.rkey)  # what it will be once it is bound
-            self._qp = _queue_pair(device, self._pd, self.reservation.queue.cq, depth, receives)
+            self._memory = _Memory(device, ring, stages, owned)
+            queue = self.reservation.queue.cq
+            self._qp = _queue_pair(device, self._memory.pd, queue, depth, receives)
             owned.callback(self._qp.close)
-            self._sge = api.SGE(0, 0, 0)
-            self._receive = api.RecvWR(
-                num_sge=1, sg=[api.SGE(address_of(ring.memory), 1, self._ring.lkey)]
-            )
             self._owned = owned.pop_all()
         self.number: int = self._qp.qp_num
         self.address = LaneAddress(
@@ -74,10 +56,12 @@ class VerbsQueuePair:
             start_psn=random.getrandbits(24),
             mtu_bytes=choice.port.mtu_bytes,
             ring=address_of(ring.memory),
-            key=key,
+            key=self._memory.key,
         )
-        self.stages = stages
-        self._stages_at = address_of(stages.memory)
+        self._sge = api.SGE(0, 0, 0)
+        # One serves all receives: nothing is ever received into it.
+        first_byte = api.SGE(self.address.ring, 1, self._memory.ring.lkey)
+        self._receive = api.RecvWR(num_sge=1, sg=[first_byte])
 
     @property
     def name(self) -> str:
@@ -93,20 +77,20 @@ class VerbsQueuePair:
 
     def expose(self, work_id: int) -> bool:
         """Open the ring to the peer; whether a completion will tell that it is."""
-        if not self._device.has_windows:
+        memory = self._memory
+        if memory.window is None:
             return False
         info = api.MWBindInfo(
-            self._ring, self.address.ring, self._ring.length, enums.IBV_ACCESS_REMOTE_WRITE
+            memory.ring, self.address.ring, memory.ring.length, enums.IBV_ACCESS_REMOTE_WRITE
         )
         with api.as_os_error(), self._posting() as qp:
             qp.wr_id, qp.wr_flags = work_id, enums.IBV_SEND_SIGNALED
-            qp.wr_bind_mw(self._window, self.address.key, info)
+            qp.wr_bind_mw(memory.window, memory.key, info)
         return True
 
     def stage(self, index: int, length: int) -> Piece:
         """So many bytes of a stage."""
-        at = self._stages_at + slot_offset(index, self.stages.slot_bytes)
-        return Piece(at, length, self._stages.lkey)
+        return self._memory.stage(index, length)
 
     def find(self, memory: memoryview) -> Piece | None:
         """A piece of registered memory."""
@@ -139,7 +123,7 @@ class VerbsQueuePair:
                     qp.wr_set_inline_data(ctypes.addressof(self._header), HEADER_BYTES)
 
     def post_receives(self, count: int) -> None:
-        """One work request serves all: nothing is ever received into it."""
+        """Be ready for so many more writes with immediate."""
         with api.as_os_error():
             for _ in range(count):
                 self._qp.post_recv(self._receive)
@@ -160,7 +144,6 @@ class VerbsQueuePair:
     async def aclose(self) -> None:
         """Destroy the queue pair first: then nothing reads or writes the rest."""
         self._owned.close()
-        self.stages.close()
         await self._device.release()
 
     @contextlib.contextmanager
@@ -194,6 +177,38 @@ class VerbsQueuePair:
         attributes.min_rnr_timer, attributes.rnr_retry = 12, _RETRIES
         attributes.timeout, attributes.retry_cnt = timeout_exponent(rtt_s), _RETRIES
         return attributes
+
+
+class _Memory:
+    """The ring that the peer writes to, and the stages that are sent from, registered."""
+
+    def __init__(
+        self, device: Device, ring: Ring, stages: Ring, owned: contextlib.ExitStack
+    ) -> None:
+        """What it makes is closed with `owned`. Closing `stages` is part of that."""
+        self._stages, self._stages_at = stages, address_of(stages.memory)
+        owned.callback(stages.close)
+        self.pd, self.window = device.pd, None
+        if device.has_windows:
+            access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_MW_BIND
+        else:
+            self.pd = api.PD(device.context)
+            owned.callback(self.pd.close)
+            access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
+        self.ring = api.pin(self.pd, address_of(ring.memory), ring.memory.nbytes, access)
+        owned.callback(self.ring.close)
+        pinned = api.pin(self.pd, self._stages_at, stages.memory.nbytes, 0)
+        owned.callback(pinned.close)
+        self._stages_key: int = pinned.lkey
+        self.key: int = self.ring.rkey
+        if device.has_windows:
+            self.window = api.MW(self.pd, enums.IBV_MW_TYPE_2)
+            owned.callback(self.window.close)
+            self.key = api.inc_rkey(self.window.rkey)  # what it will be once it is bound
+
+    def stage(self, index: int, length: int) -> Piece:
+        at = self._stages_at + slot_offset(index, self._stages.slot_bytes)
+        return Piece(at, length, self._stages_key)
 
 
 def timeout_exponent(rtt_s: float) -> int:
