@@ -122,17 +122,24 @@ class Link:
                 )
 
     def _fill_all(self) -> None:
-        for port in self.ports:
-            self.fill(port)
+        """Post what may go, each time on the lane with most credits, so that all lanes carry their part."""
+        ledgers = self.session.sender.ledgers
+        while ports := [port for port in self.ports if port.lane.room]:
+            if not self._post(max(ports, key=lambda port: ledgers[port.index].free)):
+                return
 
     def fill(self, port: Port) -> None:
         """Post what may go on this lane now."""
-        while self.error is None and port.lane.room:
-            plan = self.session.sender.next(port.index)
-            if plan is None:
-                self.counters.credit_waits += self.session.sender.has_waiting
-                return
-            port.post(plan, self.sends[plan.transfer].outgoing, checksum=self.config.checksum)
+        while port.lane.room and self._post(port):
+            pass
+
+    def _post(self, port: Port) -> bool:
+        plan = None if self.error is not None else self.session.sender.next(port.index)
+        if plan is None:
+            self.counters.credit_waits += self.session.sender.has_waiting
+            return False
+        port.post(plan, self.sends[plan.transfer].outgoing, checksum=self.config.checksum)
+        return True
 
     def sent(self, transfer: int) -> None:
         self.moved(transfer)

@@ -1,0 +1,264 @@
+"""What goes wrong with verbs lanes, on the kernel's RDMA device: the error, and that nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aiordma
+from aiordma import Channel, ChannelBroken, ChannelConfig, LaneRefused, RegistrationError
+from tests.harness import noise, program, until, usable
+from tests.softroce.lanes import CONFIG, SIZE, pair, resources
+
+pytestmark = [pytest.mark.verbs, pytest.mark.usefixtures("clean_device")]
+
+_PR_CAPBSET_DROP, _CAP_IPC_LOCK = 24, 14
+
+
+# Before there is a channel
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"verbs": False}, r"ChannelConfig\(verbs=False\)"),
+        ({"device": "mlx5_7"}, "there is no RDMA device 'mlx5_7' here: there are rxe0/1"),
+        ({"gid_index": 200}, "gid_index=200 of rxe0/1 is empty: it must be a RoCE v2 address"),
+    ],
+)
+@pytest.mark.parametrize("side", ["client", "server"])
+async def test_what_cannot_be_is_done_over_tcp_and_says_why(settings, reason, side):
+    odd = ChannelConfig(slot_bytes=1 << 16, **settings)
+    left, right = (odd, CONFIG) if side == "client" else (CONFIG, odd)
+    await over_tcp(left, right, f"^tcp: the {side}: .*{reason}")
+    with pytest.raises(LaneRefused, match=reason):
+        async with pair(left, right, require="verbs"):
+            pass
+
+
+async def over_tcp(left: ChannelConfig, right: ChannelConfig, reason: str) -> None:
+    """It connects, both ends say why it is over TCP, and it works."""
+    async with pair(left, right) as (near, far):
+        for channel in (near, far):
+            assert channel.lanes[0].kind == "tcp"
+            assert re.search(reason, channel.lanes[0].reason), channel.lanes[0].reason
+        await usable(near, far)
+
+
+async def test_a_port_that_is_down():
+    set_link("down")
+    try:
+        await over_tcp(CONFIG, CONFIG, "no RDMA port is active .rxe0/1 is DOWN.: bring its link up")
+    finally:
+        set_link("up")
+        await until(lambda: "ACTIVE" in run_quietly("rdma", "link", "show", "rxe0/1"))
+
+
+def set_link(state: str) -> None:
+    run_quietly("ip", "link", "set", "v0", state)
+
+
+def run_quietly(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+async def test_a_path_on_which_packets_vanish(monkeypatch, side):
+    """One end's probes are never sent: neither end has heard all, and both find out in time."""
+    from aiordma.lanes.verbs import VerbsQueuePair
+
+    submit = VerbsQueuePair.submit
+    mute: list[Any] = []
+
+    def lose(pair: VerbsQueuePair, batch: Any) -> None:
+        mute.append(pair) if not mute else None
+        if (pair is mute[0]) != (side == "server"):
+            return
+        submit(pair, batch)
+
+    monkeypatch.setattr(VerbsQueuePair, "submit", lose)
+    config = ChannelConfig(slot_bytes=1 << 16, probe_s=2)
+    began = asyncio.get_running_loop().time()
+    await over_tcp(config, config, r"no packet got through .* UDP port 4791 .*probe_s=2\)")
+    assert asyncio.get_running_loop().time() - began < 8
+
+
+@pytest.fixture
+def little_lockable_memory() -> Iterator[None]:
+    """RLIMIT_MEMLOCK of a megabyte, for a process that may not exceed it as root may."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, data) == 0
+    kept = data[0]
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    data[0] = kept & ~(1 << _CAP_IPC_LOCK)
+    assert libc.capset(header, data) == 0
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 20, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, limit)
+    data[0] = kept
+    assert libc.capset(header, data) == 0
+
+
+async def test_rlimit_memlock_is_too_small_for_the_rings(little_lockable_memory):
+    reason = (
+        "cannot be registered .Cannot allocate memory; RLIMIT_MEMLOCK is 1048576 bytes.: raise it"
+    )
+    await over_tcp(ChannelConfig(), ChannelConfig(), f"^tcp: the server: .*{reason}")
+
+
+async def test_rlimit_memlock_is_too_small_for_a_tensor(little_lockable_memory):
+    config = ChannelConfig(slot_bytes=4096, probe_s=10)
+    async with pair(config, require="verbs") as (near, far):
+        with pytest.raises(RegistrationError, match=r"RLIMIT_MEMLOCK is 1048576 bytes\): raise it"):
+            near.register(np.ones(4 << 20, np.uint8))
+        await usable(near, far)
+
+
+async def test_what_cannot_be_registered():
+    config = ChannelConfig(slot_bytes=4096, probe_s=10, registered_bytes=1 << 20)
+    async with pair(config, require="verbs") as (near, far):
+        with pytest.raises(RegistrationError, match="registered_bytes=1048576 allows: raise it"):
+            near.register(np.ones((1 << 20) + 1, np.uint8))
+        with pytest.raises(RegistrationError, match="a bytearray cannot be registered"):
+            near.register(bytearray(100))
+        with pytest.raises(aiordma.TensorError, match="not contiguous"):
+            near.register(np.ones((4, 4))[:, 1])
+        before = resources()["mr"]
+        kept = [noise(1 << 19, seed=i) for i in range(3)]
+        for array in kept:
+            near.register(array)
+        assert resources()["mr"] == before + 2  # the first one made room
+        await usable(near, far)
+
+
+# With a channel
+
+
+def queue_pair(channel: Channel) -> Any:
+    """Of its first lane."""
+    return channel._link.ports[0].lane._qp  # type: ignore[attr-defined]
+
+
+async def broken(near: Channel, far: Channel, match: str) -> None:
+    """A transfer fails at both ends, with typed errors of which one says what the device said."""
+    array = noise(SIZE)
+    near.register(array)
+    results = await asyncio.gather(
+        near.send_tensor(array), far.recv_tensor(), return_exceptions=True
+    )
+    assert all(isinstance(result, ChannelBroken) for result in results), results
+    texts = "\n".join(map(str, results))
+    assert "lane 0 (verbs) is lost: rxe0/1, queue pair " in texts
+    assert match in texts, texts
+
+
+async def test_a_write_outside_of_the_window(monkeypatch):
+    async with pair(require="verbs") as (near, far):
+        theirs = queue_pair(near)._peer
+        beyond = type(theirs)(
+            theirs.gid, theirs.lid, theirs.queue_pair, 0, 4096, theirs.ring + (1 << 30), theirs.key
+        )
+        monkeypatch.setattr(queue_pair(near), "_peer", beyond)
+        await broken(near, far, "REM_ACCESS_ERR")
+    async with pair(require="verbs") as (near, far):
+        await usable(near, far)
+
+
+async def test_a_queue_pair_that_has_no_right_to_the_window():
+    """The window is open to its own queue pair alone, not to others of the same protection domain."""
+    async with pair(require="verbs") as (near, far), pair(require="verbs") as (_, other):
+        stolen = queue_pair(near)._peer.__class__
+        mine, wanted = queue_pair(near)._peer, queue_pair(other).address
+        queue_pair(near)._peer = stolen(
+            mine.gid, mine.lid, mine.queue_pair, 0, 4096, wanted.ring, wanted.key
+        )
+        before = bytes(other._link.ports[0].ring.memory[:4096])
+        await broken(near, far, "REM_ACCESS_ERR")
+        assert bytes(other._link.ports[0].ring.memory[:4096]) == before
+
+
+async def test_a_peer_that_posts_no_receives(monkeypatch):
+    async with pair(require="verbs") as (near, far):
+        monkeypatch.setattr(queue_pair(far), "post_receives", lambda count: None)
+        await broken(near, far, "RNR_RETRY_EXC_ERR")
+
+
+async def test_a_queue_pair_that_fails_by_itself():
+    async with pair(require="verbs") as (near, far):
+        asyncio.get_running_loop().call_later(0.02, queue_pair(near).fail, 1 << 40)
+        await broken(near, far, "WR_FLUSH_ERR")
+
+
+_DOOMED = """
+import asyncio, importlib, os, signal, sys
+import numpy as np
+import aiordma
+
+port, module, name, after = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+
+async def main():
+    owner, method = name.split(".")
+    owner = getattr(importlib.import_module(module), owner)
+    real = getattr(owner, method)
+    calls = 0
+    def die(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(owner, method, die)
+    config = aiordma.ChannelConfig(slot_bytes=1 << 16, probe_s=10)
+    async with aiordma.connect("127.0.0.1", port, config=config, require="verbs") as channel:
+        array = np.ones(8 << 20, np.uint8)
+        channel.register(array)
+        await channel.send_tensor(array)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "after", "had_channel"),
+    [
+        ("aiordma.path", "RdmaPath.open", 0, False),
+        ("aiordma.lanes.verbs", "VerbsQueuePair.connect", 0, False),
+        ("aiordma.lanes.rdma", "RdmaLane.expose", 0, False),
+        ("aiordma.path", "RdmaPath.probe", 0, False),
+        ("aiordma.lanes.verbs", "VerbsQueuePair.submit", 4, True),
+        ("aiordma.lanes.verbs", "VerbsQueuePair.fail", 0, True),
+    ],
+)
+async def test_a_peer_that_is_killed(module, name, after, had_channel):
+    """In HELLO, INIT, RTR, while it probes, amid a transfer, and while it closes."""
+    async with aiordma.listen(config=CONFIG) as listener:
+        async with program(_DOOMED, listener.address[1], module, name, after) as doomed:
+            if had_channel:
+                async with await listener.accept() as far:
+                    receiving = await asyncio.gather(far.recv_tensor(), return_exceptions=True)
+                    if name != "VerbsQueuePair.fail":
+                        assert isinstance(receiving[0], ChannelBroken)
+                        assert re.search("without a goodbye|is lost", str(receiving[0]))
+            assert await doomed.wait() == -9
+        async with aiordma.connect(*listener.address, config=CONFIG, timeout_s=30) as near:
+            async with await listener.accept() as far:
+                assert near.lanes[0].kind == "verbs"
+                await usable(near, far)
+
+
+async def test_the_process_may_fork_while_memory_is_registered():
+    async with pair(require="verbs") as (near, far):
+        array = noise(SIZE)
+        near.register(array)
+        run_quietly(sys.executable, "-c", "pass")
+        await usable(near, far)

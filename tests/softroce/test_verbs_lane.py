@@ -1,0 +1,145 @@
+"""Channels over verbs lanes, on the kernel's RDMA device: what they move, what it costs, what they leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import numpy as np
+import pytest
+
+import aiordma
+from aiordma import ChannelConfig
+from aiordma.lanes.outbox import Frame
+from tests.harness import cancel, noise, usable
+from tests.softroce.lanes import SIZE, pair, resources
+
+pytestmark = [pytest.mark.verbs, pytest.mark.usefixtures("loop_kind", "clean_device")]
+
+
+async def test_tensors_arrive_whole_both_ways(record_property):
+    async with pair(require="verbs") as (near, far):
+        for channel in (near, far):
+            (lane,) = channel.lanes
+            assert lane.kind == "verbs"
+            assert re.match(r"verbs: rxe0/1, RoCE v2 10\.77\.0\.1, MTU \d+$", lane.reason)
+        for one, other in ((near, far), (far, near)):
+            array = noise(SIZE, seed=3)
+            _, got = await asyncio.gather(one.send_tensor(array, confirm=True), other.recv_tensor())
+            assert np.array_equal(got, array)
+        await usable(near, far)
+        record_property("lane_bytes", near.stats().received_bytes + far.stats().received_bytes)
+
+
+async def test_several_lanes_share_the_load(record_property):
+    config = ChannelConfig(slot_bytes=1 << 15, lanes=3, probe_s=10)
+    async with pair(config, require="verbs") as (near, far):
+        array = noise(4 << 20)
+        into = np.zeros_like(array)
+        await asyncio.gather(near.send_tensor(array), far.recv_tensor(into=into))
+        assert np.array_equal(into, array)
+        shares = [lane.sent_bytes / array.nbytes for lane in near.stats().lanes]
+        assert len(shares) == 3
+        assert min(shares) >= 0.15
+        assert sum(shares) == 1
+        record_property("lane_bytes", far.stats().received_bytes)
+
+
+async def test_registered_memory_is_sent_and_folded_without_a_copy(record_property):
+    async with pair(require="verbs") as (near, far):
+        array = noise(SIZE).view(np.int8)
+        registration = near.register(array)
+        assert registration.is_pinned
+        assert registration.nbytes == SIZE
+        total = 0
+
+        async def fold() -> None:
+            nonlocal total
+            transfer = await anext(far.incoming())
+            async for chunk in transfer.chunks():
+                with chunk:
+                    total += sum(int(values.sum(dtype=np.int64)) for _, _, values in chunk.parts())
+
+        outgoing = aiordma.prepare({"w": array[100:]})  # a view of what is registered
+        await asyncio.gather(near.send_tensors(outgoing), fold())
+        assert total == int(array[100:].sum(dtype=np.int64))
+        assert near.stats().copied_bytes == far.stats().copied_bytes == 0
+
+        registration.release()
+        await asyncio.gather(near.send_tensors(outgoing), fold())
+        assert near.stats().copied_bytes == array.nbytes - 100
+        assert far.stats().copied_bytes == 0
+        record_property("lane_bytes", far.stats().received_bytes)
+
+
+async def test_one_registration_serves_all_channels_and_ends_with_its_owner():
+    async with pair() as (one, _), pair() as (other, _):
+        before = resources()["mr"]
+        array = noise(SIZE)
+        assert one.register(array).is_pinned
+        assert other.register(array).is_pinned
+        assert resources()["mr"] == before + 1
+        del array
+        assert resources()["mr"] == before
+
+
+async def test_a_cancelled_send_reads_nothing_more_and_the_channel_goes_on():
+    async with pair(require="verbs") as (near, far):
+        for is_registered in (False, True):
+            for turns in (0, 1, 3, 8, 20):
+                array = noise(SIZE, seed=turns)
+                if is_registered:
+                    near.register(array)
+                receiving = asyncio.create_task(far.recv_tensor())
+                sending = asyncio.create_task(near.send_tensor(array))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await cancel(sending)
+                array[:] = 0
+                await cancel(receiving)
+            await usable(near, far)
+
+
+async def test_a_cancelled_receive_writes_nothing_more_and_the_channel_goes_on():
+    async with pair(require="verbs") as (near, far):
+        for turns in (0, 2, 10, 30):
+            into = np.zeros(SIZE, np.uint8)
+            sending = asyncio.create_task(near.send_tensor(noise(SIZE, seed=1)))
+            receiving = asyncio.create_task(far.recv_tensor(into=into))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await cancel(receiving)
+            before = into.copy()
+            await cancel(sending)
+            await usable(near, far)
+            assert np.array_equal(into, before)
+
+
+async def test_many_transfers_at_once():
+    async with pair(ChannelConfig(slot_bytes=4096, probe_s=10), require="verbs") as (near, far):
+        arrays = [noise(100 + 997 * i, seed=i) for i in range(40)]
+        sends = [asyncio.create_task(near.send_tensor(array)) for array in arrays]
+        got = await asyncio.gather(*(far.recv_tensor() for _ in arrays))
+        await asyncio.gather(*sends)
+        assert all(np.array_equal(a, b) for a, b in zip(got, arrays, strict=True))
+
+
+async def test_at_most_one_completion_for_four_chunks_and_one_doorbell_a_batch():
+    async with pair(require="verbs") as (near, far):
+        batches: list[list[Frame]] = []
+        queue_pair = near._link.ports[0].lane._qp  # type: ignore[attr-defined]
+        submit = queue_pair.submit
+
+        def count(batch: list[Frame]) -> None:
+            batches.append(batch)
+            submit(batch)
+
+        queue_pair.submit = count
+        array = noise(8 << 20)
+        near.register(array)
+        await asyncio.gather(near.send_tensor(array), far.recv_tensor())
+        frames = [frame for batch in batches for frame in batch]
+        chunks = [frame for frame in frames if frame.pieces]
+        assert len(chunks) == 128
+        assert sum(frame.is_signalled for frame in frames) <= len(chunks) / 4
+        assert len(batches) <= len(chunks) / 2
