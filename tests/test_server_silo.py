@@ -186,14 +186,16 @@ async def test_a_name_is_one_silos_as_long_as_it_is_there():
     assert [report.accepted for report in again.result()[1]] == [True]
 
 
-@pytest.mark.parametrize("name", ["", "a b", "x" * 65, "../a"])
-async def test_a_name_that_is_none_is_refused(name: str):
+@pytest.mark.parametrize("name", ["", "a b", "x" * 65, "../a", "a\n"])
+async def test_a_name_that_is_none_is_refused_at_either_end(name: str):
     async with running(Log()) as (address, run):
-        with pytest.raises(
-            JoinRefused, match=r"this is no valid request to join: .*Expected `str`"
-        ):
+        with pytest.raises(SettingError, match=r"no server takes .*Expected `str`.* `\$.name`"):
             async with joining(address, name):
                 pass
+        async with aiordma.connect(*address, config=QUICK) as channel:
+            await channel.send(Join(name, FINGERPRINT))
+            answer = await channel.recv(JOIN_ANSWER)
+            assert answer.reason.startswith("this is no valid request to join: ")
         await take_part(address, "a", 1)
         await run
 
@@ -394,6 +396,23 @@ async def test_a_task_that_is_passed_over_is_declined():
     assert "declined: no update was submitted" in outcome.reason
 
 
+async def test_a_task_that_was_left_is_declined_by_who_asks_for_rounds_anew():
+    log = Log()
+    async with running(log, rounds=2, min_silos=1, expect=2) as (address, run):
+
+        async def stumble() -> None:
+            async with joining(address, "clumsy") as silo:
+                async for _ in silo.rounds():
+                    break  # or training that raised
+                async for task in silo.rounds():
+                    assert (await task.submit(task.weights, weight=1)).accepted
+
+        async with asyncio.timeout(10):
+            await asyncio.gather(stumble(), take_part(address, "a", 1), run)
+    statuses = [result.outcomes["clumsy"].status for result in log.rounds]
+    assert statuses == [Status.REFUSED, Status.COMMITTED]
+
+
 async def test_an_update_that_cannot_be_sent_can_be_mended():
     async with running(Log()) as (address, run), joining(address, "a") as silo:
         async for task in silo.rounds():
@@ -403,6 +422,23 @@ async def test_an_update_that_cannot_be_sent_can_be_mended():
             with pytest.raises(FedError, match="submitted already"):
                 await task.submit(task.weights, weight=1)
         await run
+
+
+async def test_figures_may_be_any_kind_of_number():
+    log = Log()
+    figures: dict[str, Any] = {"loss": np.float32(0.5), "accuracy": np.mean([0.25]), "steps": 3}
+    async with running(log) as (address, run), joining(address, "a") as silo:
+        async for task in silo.rounds():
+            for wrong in ({"loss": "low"}, {"x" * 65: 1.0}, {str(n): 1.0 for n in range(257)}):
+                with pytest.raises(SettingError, match="must be numbers by short names"):
+                    await task.submit(task.weights, weight=1, metrics=wrong)  # type: ignore[arg-type]
+            report = await task.submit(
+                task.weights, weight=np.int64(2), metrics=figures, norm=np.float32(1.5)
+            )
+            assert report.accepted
+        await run
+    assert log.rounds[0].metrics == {"accuracy": 0.25, "loss": 0.5, "steps": 3.0}
+    assert log.rounds[0].outcomes["a"].norm == 1.5
 
 
 async def drain(chunks: AsyncIterator[aiordma.Chunk]) -> None:
