@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[\w.:@-]+$")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[\w.:@-]+\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Fingerprint = Annotated[
     dict[Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=256)]],

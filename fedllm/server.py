@@ -177,7 +177,7 @@ class Server:
                         if inspect.isawaitable(answer):
                             await answer
             except QuorumNotReached as exc:
-                await self._say_goodbye(str(exc))
+                await self._say_goodbye(exc.reason)
                 raise
             await self._say_goodbye("")
             return History(weights=self._weights, rounds=tuple(records))

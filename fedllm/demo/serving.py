@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from aiordma import ChannelError
 from fedllm import History, RoundResult, Server
 from fedllm.demo.events import Listening, Report, RoundDone, Said, SiloRow, Wrote
 from fedllm.demo.interrupt import run_interruptibly
@@ -56,6 +57,12 @@ async def _serve(options: ServeOptions, learner: Learner, report: Report) -> His
         with metrics.open("a") as lines:
             lines.write(metrics_line(event))
         report(event)
+        for silo, outcome in result.outcomes.items():
+            # One whose channel broke is told of by on_silo.
+            if outcome.reason and not isinstance(outcome.error, ChannelError):
+                report(
+                    Said(f"{silo} is {outcome.status} in round {result.round}: {outcome.reason}")
+                )
 
     recipe = Recipe(
         steps=options.steps,
