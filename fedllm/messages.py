@@ -8,7 +8,7 @@
            ◀───────────────────── Task     and the global weights
       Ready ────────────────────▶          or Decline: exactly one of them for each Task
            ◀───────────────────── Upload   again, with a higher attempt, if the upload failed
-      the update ═══════════════▶
+      the update ═══════════════▶          or Decline: it was given up after Ready
            ◀───────────────────── Commit   exactly one for each Task, at any time after it
            ◀───────────────────── Goodbye  and, if `has_weights`, the final weights
 

@@ -194,9 +194,8 @@ class _Round:
         # Before the fold: a cancelled exchange takes its contribution out.
         await _cancel([self._exchanges[name] for name in slow])
         for name in slow:
-            told = self._dismiss(
-                name, Outcome(status=status, reason=reason, is_busy=at is _At.TRAINING)
-            )
+            unanswered = self.task.ticket if at is _At.TRAINING else None
+            told = self._dismiss(name, Outcome(status=status, reason=reason, unanswered=unanswered))
             self._exchanges[name] = asyncio.get_running_loop().create_task(told)
             self._places[name].at = _At.OUT
 

@@ -63,6 +63,8 @@ class _Member:
     channel: Channel
     is_busy: bool = False
     """Whether it has yet to answer an earlier task: it would be late for the next as well."""
+    unanswered: int | None = None
+    """That task's ticket."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -230,7 +232,7 @@ class Server:
             if isinstance(outcomes[name].error, ChannelError):
                 self._drop(member, outcomes[name].reason)
             elif outcomes[name].is_busy:
-                member.is_busy = True
+                member.is_busy, member.unanswered = True, outcomes[name].unanswered
                 member.news.set()
 
     async def _gather(self, count: int) -> dict[str, _Member]:
@@ -287,8 +289,10 @@ class Server:
                 await member.news.wait()
                 member.news.clear()
                 if member.is_busy:
-                    # Each task is answered exactly once, and this answer is the one that was late.
-                    await channel.recv(FROM_SILO)
+                    # Its answer to this task was late. One to an earlier task may come before: a Decline
+                    # of an upload that was not waited for any more.
+                    while (await channel.recv(FROM_SILO)).ticket != member.unanswered:
+                        pass
                     member.is_busy = False
                     self._changed.set()
                     self._report(member.name, "caught up")
