@@ -62,7 +62,7 @@ async def test_what_a_run_had_come_to_outlives_its_failure_and_can_be_gone_on_fr
         seen.append(len(running.history.rounds))
 
     running = server(rounds=3, on_round=on_round)
-    assert running.history.rounds == ()
+    assert list(running.history.rounds) == []
     assert running.history.weights["w"].tolist() == [0, 0, 0]
     address = await running.start()
     run, silo = await asyncio.gather(
