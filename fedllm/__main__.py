@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aiordma import AiordmaError
+from fedllm.config import RunConfig
 from fedllm.demo import arguments
 from fedllm.demo.events import Report, Said, json_lines
 from fedllm.demo.leash import hold_leash
+from fedllm.demo.preflight import check_base, check_host
 from fedllm.demo.text import BUILTIN
 from fedllm.errors import FedError, SettingError
 
@@ -37,8 +39,10 @@ examples:
 
 SERVE = """\
 Average what silos train, round by round. Writes OUT/federated (an adapter that
-PeftModel.from_pretrained(base, OUT/federated) loads, or with --mode full a whole model) and
-OUT/metrics.jsonl, one line a round.
+PeftModel.from_pretrained(base, OUT/federated) loads, or with --mode full a whole model), also
+when the run ends early, by Ctrl-C or for want of silos, after a round or more. As each round ends
+it adds a line to OUT/metrics.jsonl, and writes OUT/checkpoint.json, which names the file of the
+weights: should the server be killed, that round is not lost.
 
 Silos must hold the same base model, tokenizer and adapter settings: a fingerprint of each is
 compared when they join, and one that differs is refused by name."""
@@ -136,14 +140,9 @@ def _add_serve(commands: Any) -> None:
     _base_arguments(parser)
     _run_arguments(parser)
     add = parser.add_argument
-    add(
-        "--min-silos",
-        type=arguments.whole,
-        default=2,
-        help="fewest silos a round needs (default 2)",
-    )
+    add("--min-silos", type=arguments.whole, default=2, help="silos a round needs (default 2)")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    add("--port", type=int, default=4791, help="0 takes a free one (default 4791)")
+    add("--port", type=arguments.port, default=4791, help="0 takes a free one (default 4791)")
     add("--insecure", action="store_true", help="allow another address than this machine's own")
     add(
         "--deadline",
@@ -167,9 +166,7 @@ def _add_join(commands: Any) -> None:
         metavar="HOST:PORT",
         help="where `serve` listens",
     )
-    add(
-        "--name", type=arguments.name, required=True, help="this silo's name; each silo has its own"
-    )
+    add("--name", type=arguments.name, required=True, help="this silo's own name in the run")
     add("--text", required=True, help=f"a file, a folder, or one of {', '.join(BUILTIN)}")
     add("--out", type=Path, help="folder for the run's final model (default: not written here)")
     add("--threads", type=arguments.whole, default=1, help="threads to train with (default 1)")
@@ -271,8 +268,8 @@ def _run_arguments(parser: Any) -> None:
         default=5,
         help="rounds of training and averaging (default 5)",
     )
-    add("--steps", type=arguments.whole, default=20, help="training steps a round (default 20)")
-    add("--batch", type=arguments.whole, default=8, help="windows of 128 tokens a step (default 8)")
+    add("--steps", type=arguments.steps, default=20, help="training steps a round (default 20)")
+    add("--batch", type=arguments.batch, default=8, help="windows of 128 tokens a step (default 8)")
     add("--seed", type=arguments.seed, default=0, help="of everything random (default 0)")
 
 
@@ -293,6 +290,10 @@ def _program_arguments(parser: Any, *, reports: bool = True) -> None:
 
 
 def _serve(namespace: argparse.Namespace) -> int:
+    check_base(namespace.base)
+    RunConfig(min_silos=namespace.min_silos, rounds=namespace.rounds)
+    if not namespace.insecure:
+        check_host(namespace.host)
     with _reporting(namespace, "server") as report:
         from fedllm.demo.conduct import RATES_GIVEN
         from fedllm.demo.serving import ServeOptions, serve
@@ -303,6 +304,7 @@ def _serve(namespace: argparse.Namespace) -> int:
 
 
 def _join(namespace: argparse.Namespace) -> int:
+    check_base(namespace.base)
     with _reporting(namespace, namespace.name) as report:
         from fedllm.demo.joining import JoinOptions, take_part
 
@@ -324,6 +326,8 @@ def _demo(namespace: argparse.Namespace) -> int:
             raise SettingError(
                 f"a silo of the demo cannot be called {name!r}: give it another name"
             )
+    if namespace.model is not None:
+        check_base(namespace.model)
     options = _options(DemoOptions, namespace, out=out, silos=silos)
     # Children may look a model up by name; nothing else of the demo needs a network.
     is_local = namespace.model is None or Path(namespace.model).exists()

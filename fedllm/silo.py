@@ -34,6 +34,7 @@ from fedllm.messages import (
     Refused,
     ServerMessage,
     Task,
+    Upload,
     Welcome,
     is_for,
 )
@@ -145,8 +146,10 @@ class Silo:
                 if message.has_weights:
                     self.final = await self._receive_weights(message.ticket)
                 return
+            if isinstance(message, Upload):
+                await self.say(Decline(message.ticket, "its submission was given up"))
             if not isinstance(message, Task):
-                continue  # the end of a task that was given up on this side
+                continue  # about a task that was given up on this side
             self._unanswered = message.ticket
             weights = await self._receive_weights(message.ticket)
             if weights is None:
@@ -155,7 +158,7 @@ class Silo:
             yield RoundTask(self, message, weights)
 
     async def say(self, message: Ready | Decline) -> None:
-        """Answer a task, once."""
+        """Answer a task, or the request for an update that there is not any more."""
         # A channel that is over says so to who listens, after what the server said before.
         with contextlib.suppress(ChannelError):
             await self._channel.send(message)
@@ -289,7 +292,7 @@ class RoundTask:
         Returns the verdict, also when the silo was late or the update was refused. Raises `aiordma.TensorError`
         for an update that cannot be sent, `SettingError` for a weight, norm or metric that is no number, or more
         than 256 metrics, all of which can be mended; and `ServerLost`. Cancelled, the upload is given up and the
-        update is no longer read; the silo can ask for the next task.
+        update is no longer read; the silo can ask for the next task, and until it does, the server waits.
         """
         if self.is_submitted:
             raise FedError("this task's update was submitted already")

@@ -98,7 +98,7 @@ ROOMS: Mapping[str, str] = {
     "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
     " fedllm.checkpoint",
     "fedllm.demo": "",
-    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.demo.*",
+    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",
 }
 

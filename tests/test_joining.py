@@ -17,11 +17,11 @@ pytestmark = pytest.mark.usefixtures("loop_kind", "no_leaks")
     [
         (
             {"tokenizer": "sha256:xx"},
-            "the tokenizer differ: the server has sha256:bb, the silo sha256:xx",
+            "not the same tokenizer: the server has sha256:bb, the silo sha256:xx; both need the same base",
         ),
-        ({"adapter": ""}, "the adapter differ: the server has sha256:cc, the silo"),
-        ({"layers": "7"}, "the layers differ: the server has none, the silo 7"),
-        ({"weights": "1", "tokenizer": "2"}, "the tokenizer differ: .*; the weights differ: "),
+        ({"adapter": ""}, "not the same adapter: the server has sha256:cc, the silo"),
+        ({"layers": "7"}, "not the same layers: the server has none, the silo 7"),
+        ({"weights": "1", "tokenizer": "2"}, "not the same tokenizer: .*; not the same weights: "),
     ],
 )
 async def test_another_fingerprint_is_refused_and_says_which(change: dict[str, str], says: str):
@@ -32,7 +32,7 @@ async def test_another_fingerprint_is_refused_and_says_which(change: dict[str, s
                 pass
         assert log.lines == [f"a refused: {info.value.reason}"]
         lacking = {key: FINGERPRINT[key] for key in ("weights", "tokenizer")}
-        with pytest.raises(JoinRefused, match=r"the adapter differ: .* the silo none"):
+        with pytest.raises(JoinRefused, match=r"not the same adapter: .* the silo none"):
             async with joining(address, "a", fingerprint=lacking):
                 pass
         await take_part(address, "a", 1)

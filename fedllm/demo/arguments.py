@@ -4,6 +4,10 @@ import argparse
 import math
 import re
 
+MAX_STEPS = 1_000_000
+MAX_BATCH = 4096
+MAX_PORT = 65_535
+
 
 def whole(text: str) -> int:
     """A positive whole number."""
@@ -11,6 +15,24 @@ def whole(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return number
+
+
+def steps(text: str) -> int:
+    """Steps of a round: what a silo accepts."""
+    return _at_most(MAX_STEPS, whole(text))
+
+
+def batch(text: str) -> int:
+    """Windows of a step: what a silo accepts."""
+    return _at_most(MAX_BATCH, whole(text))
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 is any."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return _at_most(MAX_PORT, number)
 
 
 def width(text: str) -> int:
@@ -60,7 +82,13 @@ def pair(text: str) -> tuple[str, str]:
 
 def address(text: str) -> tuple[str, int]:
     """`HOST:PORT`."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit():
+    host, colon, number = text.rpartition(":")
+    if not colon or not number.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), port(number)
+
+
+def _at_most(limit: int, number: int) -> int:
+    if number > limit:
+        raise argparse.ArgumentTypeError(f"{number} is above {limit}")
+    return number
