@@ -82,6 +82,7 @@ class Port:
         if not 0 < len(parts) <= _MAX_PARTS:
             parts = self._stage(plan, outgoing)
         check = frames.payload_check(parts) if checksum else None
+        self._sent = (self._sent[0] + 1, self._sent[1] + plan.length)
         self.lane.post(
             ChunkHeader(plan.slot, plan.length, plan.transfer, plan.offset, check), parts
         )
@@ -97,7 +98,6 @@ class Port:
 
     def sent(self, header: ChunkHeader) -> None:
         """The chunk is out of the lane's hands."""
-        self._sent = (self._sent[0] + 1, self._sent[1] + header.length)
         stage = self._staged.pop(header.slot, None)
         if stage is not None:
             self._stages.append(stage)

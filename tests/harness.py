@@ -18,20 +18,27 @@ import numpy as np
 
 import aiordma
 from aiordma import Channel, ChannelConfig
-from aiordma.assembly import memory_pair
+from aiordma.assembly import join, memory_pair
+from aiordma.control import MemoryControl
 from aiordma.errors import RemoteProtocolError
+from aiordma.handshake import limits_of, reserve
 from aiordma.lanes.base import Lane, LaneHandler
 from aiordma.lanes.memory import MemoryLane
 from aiordma.lanes.tcp import TcpLane
+from aiordma.ring import MemoryBudget, Ring
 from aiordma.wire.frames import ChunkHeader
+from tests import fake_device
 from tests.conftest import LOOPS
+from tests.fake_device import FakeDevice
 
-LANES = ("memory", "reordered", "tcp")
-"""Every lane there is; "reordered" is a memory lane whose chunks overtake each other."""
+LANES = ("memory", "reordered", "tcp", "rdma")
+"""Every lane there is; "reordered" is a memory lane whose chunks overtake each other, "rdma" has a fake device."""
 
 LARGE = 16 << 20
 """More than the kernel takes off a sender whose peer does not read, and more than a turn of the loop moves."""
 CANARY = 0xA5
+LANE_SLOTS = 16
+"""That the ring of each of a pair of lanes has."""
 
 _PATIENCE_S = 10.0
 """How long to wait for what must come, on a machine that may be busy. Nothing ever waits so long for nothing."""
@@ -123,6 +130,12 @@ class LaneUser:
     """Uses a lane: keeps what it is told, in order, and posts its backlog whenever there is room."""
 
     lane: Lane
+    peer: LaneUser | None = None
+    """Who gives the slots back, out of band."""
+    slots: list[int] = field(default_factory=lambda: list(range(LANE_SLOTS)))
+    """Free ones of the peer's. To the tests every chunk is one for slot 0."""
+    posted: dict[int, ChunkHeader] = field(default_factory=dict)
+    """By slot, until they have arrived."""
     events: list[tuple[str, object]] = field(default_factory=list)
     payloads: dict[tuple[int, int], bytes] = field(default_factory=dict)
     targets: dict[tuple[int, int], bytearray] = field(default_factory=dict)
@@ -137,8 +150,11 @@ class LaneUser:
 
     def send(self, *chunks: tuple[ChunkHeader, list[memoryview]]) -> None:
         self.backlog += chunks
-        while self.backlog and self.lane.room:
-            self.lane.post(*self.backlog.pop(0))
+        while self.backlog and self.lane.room and self.slots:
+            header, parts = self.backlog.pop(0)
+            slot = self.slots.pop(0)
+            self.posted[slot] = header._replace(slot=slot)
+            self.lane.post(self.posted[slot], parts)
 
     def told(self, name: str) -> list[Any]:
         return [what for event, what in self.events if event == name]
@@ -149,6 +165,8 @@ class LaneUser:
     # The handler
 
     def place(self, header: ChunkHeader) -> memoryview:
+        assert self.peer is None or header == self.peer.posted[header.slot]
+        header = header._replace(slot=0)
         self.events.append(("place", header))
         if self.refuses:
             raise RemoteProtocolError("not this one")
@@ -158,11 +176,15 @@ class LaneUser:
         return memoryview(target)[: header.length]
 
     def arrived(self, header: ChunkHeader) -> None:
-        self.events.append(("arrived", header))
+        self.events.append(("arrived", header._replace(slot=0)))
         self.payloads[key(header)] = bytes(self.targets[key(header)][: header.length])
+        if self.peer is not None:
+            assert header == self.peer.posted.pop(header.slot)
+            self.peer.slots.append(header.slot)
+            self.peer.send()
 
     def sent(self, header: ChunkHeader) -> None:
-        self.events.append(("sent", header))
+        self.events.append(("sent", header._replace(slot=0)))
         self.send()
 
     def copied(self, nbytes: int) -> None:
@@ -182,10 +204,17 @@ def key(header: ChunkHeader) -> tuple[int, int]:
 
 
 def chunk(
-    payload: bytes | bytearray, *, transfer: int = 1, offset: int = 0, slot: int = 0
+    payload: bytes | bytearray, *, transfer: int = 1, offset: int = 0
 ) -> tuple[ChunkHeader, list[memoryview]]:
     """What `post` takes."""
-    return ChunkHeader(slot, len(payload), transfer, offset, None), [memoryview(payload)]
+    return ChunkHeader(0, len(payload), transfer, offset, None), [memoryview(payload)]
+
+
+def lane_users(kind: str) -> tuple[LaneUser, LaneUser]:
+    """Two users of lanes that are each other's peer, not started."""
+    left, right = map(LaneUser, lane_pair(kind))
+    left.peer, right.peer = right, left
+    return left, right
 
 
 def lane_pair(kind: str) -> tuple[Lane, Lane]:
@@ -195,6 +224,11 @@ def lane_pair(kind: str) -> tuple[Lane, Lane]:
         return MemoryLane.pair(loop)
     if kind == "reordered":
         return ReorderingLane.pair(loop)
+    if kind == "rdma":
+        budget = MemoryBudget(1 << 40)  # slots of this size cost nothing before they are used
+        near_ring, far_ring = (Ring(LANE_SLOTS, LARGE, budget=budget) for _ in range(2))
+        (_, left), (_, right) = fake_device.lane_pair(near_ring, far_ring, budget=budget)
+        return left, right
     near, far = socket_pair()
     return TcpLane(near, loop), TcpLane(far, loop)
 
@@ -221,6 +255,9 @@ async def channel_pair(
             listener = await stack.enter_async_context(aiordma.listen(config=right))
             near = await stack.enter_async_context(aiordma.connect(*listener.address, config=left))
             far = await listener.accept()
+        elif kind == "rdma":
+            near, far = rdma_channels(left or ChannelConfig(), right or ChannelConfig())
+            await stack.enter_async_context(near)
         else:
             lane = ReorderingLane if kind == "reordered" else MemoryLane
             with mock.patch("aiordma.assembly.MemoryLane", lane):
@@ -228,6 +265,33 @@ async def channel_pair(
             await stack.enter_async_context(near)
         async with far:
             yield near, far
+
+
+def rdma_channels(left: ChannelConfig, right: ChannelConfig) -> tuple[Channel, Channel]:
+    """Both ends of a channel over queue pairs of two fake devices, one for either end."""
+    count = min(left.lanes, right.lanes)
+    devices = FakeDevice(), FakeDevice()
+    ends = [(config, reserve(config, count)) for config in (left, right)]
+    pairs = [
+        fake_device.lane_pair(*rings, devices) for rings in zip(ends[0][1], ends[1][1], strict=True)
+    ]
+    limits = [limits_of(config, rings) for config, rings in ends]
+    controls = MemoryControl.pair()
+    near, far = (
+        join(
+            controls[i],
+            [pair[i][1] for pair in pairs],
+            ends[i][1],
+            limits[1 - i],
+            ends[i][0],
+            peer="fake",
+            reason="a fake device",
+            rtt_s=0.0,
+            registry=devices[i].registry,
+        )
+        for i in (0, 1)
+    )
+    return near, far
 
 
 def run(coroutine: Coroutine[Any, Any, None], loop_kind: str = "asyncio") -> None:

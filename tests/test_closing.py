@@ -163,7 +163,7 @@ async def test_a_close_that_is_cancelled_goes_on(pair: Pair, point: int) -> None
     closing.cancel()
     await asyncio.wait([closing])
     if near.is_closed:
-        await until(lambda: BUDGET.used_bytes == used_bytes - CONFIG.slots * SLOT)
+        await until(lambda: BUDGET.used_bytes <= used_bytes - CONFIG.slots * SLOT)
         with pytest.raises(ChannelClosed):
             await near.recv()
 

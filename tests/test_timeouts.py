@@ -170,7 +170,7 @@ async def test_a_transfer_that_stands_still_times_out_and_the_channel_stays(
 
 async def test_a_receiver_whose_sender_stands_still_times_out(pair: Pair, clock: Clock) -> None:
     near, far = pair
-    near._link.fill = lambda port: None  # type: ignore[method-assign]
+    near._link._post = lambda port: False  # type: ignore[method-assign]
     sending = asyncio.create_task(near.send_tensor(noise(20 * SLOT)))
     into = np.zeros(20 * SLOT, np.uint8)
     receiving = asyncio.create_task(far.recv_tensor(into=into))
@@ -183,7 +183,7 @@ async def test_a_receiver_whose_sender_stands_still_times_out(pair: Pair, clock:
         await receiving
     with pytest.raises(TransferTimeout, match="the peer gave up waiting"):
         await sending
-    del near._link.fill, near._link.moved
+    del near._link._post, near._link.moved
     await usable(near, far)
 
 

@@ -24,7 +24,7 @@ from tests.harness import alike, at_rest, cancel, channel_pair, noise, round_tri
 
 SLOT = 64 << 10
 CONFIG = ChannelConfig(slot_bytes=SLOT, messages=64)
-KINDS = [("memory", 1), ("reordered", 4), ("tcp", 1), ("tcp", 4)]
+KINDS = [("memory", 1), ("reordered", 4), ("tcp", 1), ("tcp", 4), ("rdma", 1), ("rdma", 4)]
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 Pair = tuple[Channel, Channel]
