@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -18,7 +19,7 @@ from aiordma.lanes.needs import COMPLETIONS, Needs, needs
 RUN_WITH: Final = (44, 59)
 """The versions of rdma-core, with its pyverbs, that this library is run on."""
 
-_MiB: Final = 1 << 20
+_UNITS: Final = {"TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
 _NO_LIMIT: Final = 1 << 60
 """Beyond that a device sets no limit."""
 
@@ -234,8 +235,8 @@ def check_ports(facts: Facts) -> Iterator[Finding]:
         if fault is not None:
             yield msgspec.structs.replace(fault, level=blame)
         for gid in port.gids:
-            address = f" ({gid.ipv4})" if gid.ipv4 else ""
-            yield Finding("ok", f"{port.name} GID {gid.number}", f"{gid.kind}, {gid.text}{address}")
+            address = gid.ipv4 or ipaddress.IPv6Address(gid.text).compressed
+            yield Finding("ok", f"{port.name} GID {gid.number}", f"{gid.kind}, {address}")
 
 
 def _ports(facts: Facts) -> Sequence[Port]:
@@ -266,4 +267,6 @@ def _needs() -> Needs:
 
 
 def _size(nbytes: int) -> str:
-    return f"{nbytes / _MiB:.3g} MiB"
+    """As "20.1 MiB"."""
+    unit = next((unit for unit in _UNITS if nbytes >= _UNITS[unit]), "B")
+    return f"{nbytes / _UNITS.get(unit, 1):.3g} {unit}"
