@@ -25,8 +25,8 @@ WIRE_LEAVES = "aiordma.errors aiordma.wire.frames aiordma.wire.manifest aiordma.
 WIRE = "aiordma.wire aiordma.wire.*"
 RDMA = (
     "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames aiordma.wire.hello aiordma.lanes.choice"
-    " aiordma.lanes.completion aiordma.lanes.outbox aiordma.lanes.rdma aiordma.lanes.registry"
-    " aiordma.lanes.statuses"
+    " aiordma.lanes.completion aiordma.lanes.needs aiordma.lanes.outbox aiordma.lanes.rdma"
+    " aiordma.lanes.registry aiordma.lanes.statuses"
 )
 BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
 
@@ -51,6 +51,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.lanes.rdma": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
     " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox",
     "aiordma.lanes.choice": "aiordma.errors",
+    "aiordma.lanes.needs": "aiordma.ring aiordma.lanes.rdma",
     "aiordma.lanes.registry": "aiordma.errors aiordma.lanes.outbox",
     "aiordma.lanes.statuses": "",
     "aiordma.lanes.verbs": f"{RDMA} aiordma.lanes.verbs.*",
@@ -82,7 +83,10 @@ ROOMS: Mapping[str, str] = {
     " aiordma.path aiordma.assembly aiordma.listener aiordma.lanes.choice",
     "aiordma.bench": "",
     "aiordma.bench.*": "aiordma aiordma.errors aiordma.bench aiordma.bench.*",
-    "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.*",
+    "aiordma.doctor": "",
+    "aiordma.doctor.*": "aiordma aiordma.errors aiordma.lanes.choice aiordma.lanes.needs"
+    " aiordma.lanes.verbs aiordma.doctor aiordma.doctor.*",
+    "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy"
     " fedllm.participation fedllm.rounds fedllm.server fedllm.silo",
     "fedllm.errors": "aiordma.errors",
