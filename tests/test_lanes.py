@@ -11,16 +11,16 @@ import pytest
 from aiordma.errors import RemoteProtocolError
 from aiordma.wire.frames import ChunkHeader
 from tests.foreign import nothing_left
-from tests.harness import CANARY, LANES, LARGE, LaneUser, chunk, key, lane_users, turns, until
+from tests.harness import CANARY, LANE_PARAMS, LARGE, LaneUser, chunk, key, lane_users, turns, until
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 
 
-@pytest.fixture(params=LANES)
+@pytest.fixture(params=LANE_PARAMS)
 async def users(request) -> AsyncIterator[tuple[LaneUser, LaneUser]]:
     """Two users of a lane, not started; afterwards nothing is left, and nobody was told twice that it is lost."""
     async with nothing_left():
-        left, right = lane_users(request.param)
+        left, right = await lane_users(request.param)
         yield left, right
         for user in (left, right):
             await user.lane.aclose()
@@ -39,7 +39,7 @@ def is_rdma(request) -> bool:
 
     None of the payloads here is registered: the lane copies them when they are posted.
     """
-    return "rdma" in request.node.name
+    return "rdma" in request.node.name or "verbs" in request.node.name
 
 
 # Chunks
