@@ -41,7 +41,7 @@ LANES = ("memory", "reordered", "tcp", "rdma")
 _VERBS = () if no_verbs() else (pytest.mark.verbs,)
 LANE_PARAMS = (*LANES, *(pytest.param("verbs", marks=mark) for mark in _VERBS))
 """For tests that run over a real device too, where there is one."""
-VERBS_KINDS = [pytest.param(("verbs", n), marks=mark) for mark in _VERBS for n in (1, 4)]
+VERBS_KINDS = [pytest.param(("verbs", 2), marks=mark) for mark in _VERBS]
 """Of these, kind and number of lanes."""
 
 LARGE = 16 << 20
