@@ -123,7 +123,8 @@ async def test_weights_that_come_right_behind_their_task_are_taken():
                 try:
                     async with asyncio.timeout(10):
                         await server.send(Task(2, 2, {}))
-                        await server.send_tensors(weights_of(0), meta=Task(2, 2, {}).meta(0))
+                        meta = Task(2, 2, {}).meta(0)
+                        await server.send_tensors(weights_of(0), meta=meta, confirm=True)
                         assert (await waiting).round == 2
                 finally:
                     await cancel(waiting)
