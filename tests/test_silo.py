@@ -109,7 +109,6 @@ async def test_figures_may_be_any_kind_of_number():
     assert log.rounds[0].outcomes["a"].norm == 1.5
 
 
-@pytest.mark.xfail(strict=True, reason="the silo refuses them: they are not for the task before")
 async def test_weights_that_come_right_behind_their_task_are_taken():
     """Though the silo still waits for those of another task, whose round was cancelled."""
     async with aiordma.listen(config=QUICK) as listener:
