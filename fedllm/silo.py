@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, TypeVar
@@ -17,6 +18,7 @@ from aiordma import (
     ChannelError,
     MessageError,
     Outgoing,
+    Transfer,
     TransferError,
     connect,
     prepare,
@@ -118,6 +120,8 @@ class Silo:
         """The last global weights, once the run is over and the server has sent them."""
         self._channel = channel
         self._heard: asyncio.Task[ServerMessage] | None = None
+        self._offered: deque[Transfer] = deque()
+        """What is not for the present task: for an earlier one, or for one that is yet to be read."""
         self._unanswered: int | None = None
         """The ticket of the last task, until it has its Ready or Decline."""
 
@@ -214,11 +218,18 @@ class Silo:
             return None
 
     async def _next_weights(self, ticket: int) -> dict[str, NDArray[Any]]:
+        offered = self._offered
+        while not (mine := [one for one in offered if is_for(one.meta, ticket)]):
+            offered.append(await self._next_transfer())
+        # Weights come in the order of their tasks, though perhaps before a task was read.
+        while (transfer := offered.popleft()) is not mine[0]:
+            await turn_away(transfer, "it is for another task")
+        return await transfer.arrays("numpy")
+
+    async def _next_transfer(self) -> Transfer:
         async with contextlib.aclosing(self._channel.incoming()) as transfers:
             async for transfer in transfers:
-                if is_for(transfer.meta, ticket):
-                    return await transfer.arrays("numpy")
-                await turn_away(transfer, "it is for another task")
+                return transfer
         raise ServerLost("the server closed the connection before the weights came")
 
     async def _unless_told(self, work: Coroutine[Any, Any, T]) -> T | None:
