@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
+import msgspec
 from numpy.typing import NDArray
 
 from aiordma import (
@@ -21,7 +22,7 @@ from aiordma import (
     prepare,
 )
 from fedllm.config import check_seconds
-from fedllm.errors import FedError, JoinRefused, RunFailed, ServerLost
+from fedllm.errors import FedError, JoinRefused, RunFailed, ServerLost, SettingError
 from fedllm.messages import (
     FROM_SERVER,
     JOIN_ANSWER,
@@ -33,6 +34,7 @@ from fedllm.messages import (
     Refused,
     ServerMessage,
     Task,
+    Upload,
     Welcome,
     is_for,
 )
@@ -73,14 +75,18 @@ async def join(
     they are of ("weights", "tokenizer", "adapter"), which must equal the server's. Connecting and admission
     may take `timeout_s` each.
 
-    Raises `JoinRefused` with the server's reason, `ServerLost` if it does not answer, `aiordma.ConnectError` if
-    there is no aiordma server. Cancelled, nothing is left behind.
+    Raises `SettingError` for a name or fingerprint that is none, `JoinRefused` with the server's reason,
+    `ServerLost` if it does not answer, `aiordma.ConnectError` if there is no aiordma server. Cancelled, nothing is
+    left behind.
     """
     check_seconds("timeout_s", timeout_s)
+    request = Join(name, dict(fingerprint))
+    try:
+        msgspec.convert(msgspec.to_builtins(request), Join)
+    except msgspec.ValidationError as exc:
+        raise SettingError(f"no server takes such a request to join: {exc}") from exc
     async with connect(host, port, config=config, timeout_s=timeout_s) as channel:
-        silo = Silo(
-            channel, name, await _be_admitted(channel, Join(name, dict(fingerprint)), timeout_s)
-        )
+        silo = Silo(channel, name, await _be_admitted(channel, request, timeout_s))
         try:
             yield silo
         finally:
@@ -112,11 +118,14 @@ class Silo:
         """The last global weights, once the run is over and the server has sent them."""
         self._channel = channel
         self._heard: asyncio.Task[ServerMessage] | None = None
+        self._unanswered: int | None = None
+        """The ticket of the last task, until it has its Ready or Decline."""
 
     async def rounds(self) -> AsyncGenerator[RoundTask, None]:
         """The rounds in which this silo takes part, one after the other, until the run is over.
 
-        Train, then ``await task.submit(...)``; asking for the next task without that declines this one. Training
+        Train, then ``await task.submit(...)``; asking for the next task without that declines this one, also
+        by calling `rounds` anew after this was left or cancelled, at any point. Training
         that blocks belongs in a thread, ``await asyncio.to_thread(train, ...)``: the loop answers the server
         meanwhile. While the silo trains the server may give the round up: `submit` then says so, at once.
 
@@ -128,6 +137,8 @@ class Silo:
         gave the run up.
         """
         while True:
+            if self._unanswered is not None:
+                await self.say(Decline(self._unanswered, "no update was submitted"))
             message = await self._next_message()
             if isinstance(message, Goodbye):
                 if message.failure:
@@ -135,22 +146,24 @@ class Silo:
                 if message.has_weights:
                     self.final = await self._receive_weights(message.ticket)
                 return
+            if isinstance(message, Upload):
+                await self.say(Decline(message.ticket, "its submission was given up"))
             if not isinstance(message, Task):
-                continue  # the end of a task that was given up on this side
+                continue  # about a task that was given up on this side
+            self._unanswered = message.ticket
             weights = await self._receive_weights(message.ticket)
             if weights is None:
                 await self.say(Decline(message.ticket, "the weights did not arrive"))
                 continue
-            task = RoundTask(self, message, weights)
-            yield task
-            if not task.is_submitted:
-                await self.say(Decline(message.ticket, "no update was submitted"))
+            yield RoundTask(self, message, weights)
 
     async def say(self, message: Ready | Decline) -> None:
-        """Answer a task, once."""
+        """Answer a task, or the request for an update that there is not any more."""
         # A channel that is over says so to who listens, after what the server said before.
         with contextlib.suppress(ChannelError):
             await self._channel.send(message)
+        if message.ticket == self._unanswered:
+            self._unanswered = None
 
     async def deliver(self, task: Task, outgoing: Outgoing) -> Report:
         """After READY: upload as often as the server asks, until its verdict."""
@@ -266,9 +279,9 @@ class RoundTask:
         self,
         update: Mapping[str, object],
         *,
-        weight: float,
-        metrics: Mapping[str, float] | None = None,
-        norm: float | None = None,
+        weight: SupportsFloat,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        norm: SupportsFloat | None = None,
     ) -> Report:
         """Say READY, upload when the server asks, and wait for its verdict.
 
@@ -277,15 +290,37 @@ class RoundTask:
         counts, as a rule the number of training examples. `norm`, if known, is reported as it is.
 
         Returns the verdict, also when the silo was late or the update was refused. Raises `aiordma.TensorError`
-        for an update that cannot be sent, and `ServerLost`. Cancelled, the upload is given up and the update is
-        no longer read; the silo can ask for the next task.
+        for an update that cannot be sent, `SettingError` for a weight, norm or metric that is no number, or more
+        than 256 metrics, all of which can be mended; and `ServerLost`. Cancelled, the upload is given up and the
+        update is no longer read; the silo can ask for the next task, and until it does, the server waits.
         """
         if self.is_submitted:
             raise FedError("this task's update was submitted already")
         outgoing = prepare(update)
-        await self._silo.say(Ready(self._task.ticket, float(weight), norm, dict(metrics or {})))
+        await self._silo.say(_report(self._task.ticket, weight, norm, metrics or {}))
         self.is_submitted = True
         return await self._silo.deliver(self._task, outgoing)
+
+
+def _report(
+    ticket: int,
+    weight: SupportsFloat,
+    norm: SupportsFloat | None,
+    metrics: Mapping[str, SupportsFloat],
+) -> Ready:
+    """The READY of these figures: any kind of float, numpy's and one-element tensors included."""
+    try:
+        ready = Ready(
+            ticket,
+            float(weight),
+            None if norm is None else float(norm),
+            {name: float(value) for name, value in metrics.items()},
+        )
+        return msgspec.convert(msgspec.to_builtins(ready), Ready)  # within what a server takes
+    except (TypeError, ValueError) as exc:  # msgspec.ValidationError is a ValueError
+        raise SettingError(
+            f"weight, norm and metrics must be numbers by short names: {exc}"
+        ) from exc
 
 
 @contextlib.contextmanager

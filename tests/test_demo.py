@@ -23,6 +23,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import fedllm
 from fedllm.__main__ import main
 from fedllm.adapters import full_arrays
 from fedllm.demo import text
@@ -40,8 +41,10 @@ from fedllm.demo.events import (
     read_event,
 )
 from fedllm.demo.joining import _assignment
+from fedllm.demo.learner import prepare_learner
 from fedllm.demo.model import Base, load_base, save_base, train_tokenizer
 from fedllm.demo.publish import publish
+from fedllm.demo.serving import ServeOptions, _serve
 from fedllm.demo.training import (
     Assignment,
     Recipe,
@@ -161,10 +164,13 @@ def test_a_folder_of_text_is_a_silo(tmp_path: Path):
     assert split.held_out
 
 
-@pytest.mark.parametrize("what", ["empty.jsonl", "strange.jsonl", "folder", "nothing"])
+@pytest.mark.parametrize(
+    "what", ["empty.jsonl", "strange.jsonl", "broken.jsonl", "folder", "nothing"]
+)
 def test_where_there_is_no_text_the_error_says_so(tmp_path: Path, what: str):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "strange.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "broken.jsonl").write_text("no JSON\n")
     (tmp_path / "folder").mkdir()
     with pytest.raises(text.TextError, match=what):
         text.read_split(str(tmp_path / what))
@@ -455,6 +461,12 @@ def test_help_teaches_by_examples(command, capsys):
         (["join", "--server", "h:1", "--name", "a/b", "--base", "b", "--text", "c"], "letters"),
         (["demo", "--rounds", "0"], "0 is not a positive whole number"),
         (["demo", "--mode", "half"], "invalid choice"),
+        (["demo", "--width", "130"], "130 is not a multiple of 4"),
+        (["demo", "--seed", "-1"], "-1 is negative"),
+        (["demo", "--lr", "nan"], "nan is not above 0 and at most 1"),
+        (["demo", "--json"], "unrecognized arguments: --json"),
+        (["serve", "--base", "b", "--lr", "0"], "0 is not above 0"),
+        (["serve", "--base", "b", "--deadline", "0"], "0 is not a positive number of seconds"),
         ([], "required"),
     ],
 )
@@ -463,6 +475,21 @@ def test_a_wrong_command_line_says_what_is_wrong(arguments, message, capsys):
         main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["union", "base", "server", "a-alone", ".."])
+def test_a_silo_goes_by_no_name_that_the_demo_uses(name: str, tmp_path: Path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "out"), "--silos", "topics", f"{name}=x"]) == 1
+    assert f"a silo of the demo cannot be called {name!r}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_command_hears_of_those_that_are_for_it(capsys):
+    with pytest.raises(SystemExit):
+        main(["dome"])
+    complaint = capsys.readouterr().err
+    assert "join" in complaint
+    assert "prepare" not in complaint
 
 
 def test_a_missing_base_is_one_line(tmp_path: Path, capsys):
@@ -498,6 +525,52 @@ def test_a_silo_bounds_what_a_server_asks(recipe: dict[str, object], words: str)
     asked["recipe"] |= recipe
     with pytest.raises(FedError, match=words):
         _assignment(asked)
+
+
+async def test_the_server_says_whose_update_is_not_taken_and_why(tmp_path: Path, tiny: Base):
+    learner = prepare_learner(tiny, "full", seed=0)
+    options = ServeOptions(
+        base="",
+        mode="full",
+        out=tmp_path,
+        host="127.0.0.1",
+        port=0,
+        insecure=False,
+        rounds=2,
+        min_silos=1,
+        deadline=None,
+        steps=1,
+        batch=1,
+        lr=1e-3,
+        seed=0,
+    )
+    said: asyncio.Queue[Event] = asyncio.Queue()
+    serving = asyncio.ensure_future(_serve(options, learner, said.put_nowait))
+    listening = await said.get()
+    assert isinstance(listening, Listening)
+    has_both = asyncio.Event()
+
+    async def take_part(name: str, spoils: float) -> None:
+        address = (listening.host, listening.port)
+        async with fedllm.join(*address, name=name, fingerprint=learner.fingerprint) as silo:
+            async for task in silo.rounds():
+                await has_both.wait()
+                update = {key: array + np.float32(spoils) for key, array in task.weights.items()}
+                await task.submit(update, weight=1)
+
+    good = asyncio.ensure_future(take_part("good", 0.0))
+    assert await said.get() == Said("good joined")
+    bad = asyncio.ensure_future(take_part("bad", math.nan))
+    assert await said.get() == Said("bad joined")
+    has_both.set()
+    await asyncio.gather(serving, good, bad)
+    remarks = [event.text for event in drain(said) if isinstance(event, Said)]
+    assert any(re.match("bad is refused in round 2: .* holds nan at", text) for text in remarks)
+
+
+def drain(queue: asyncio.Queue[Event]) -> Iterator[Event]:
+    while not queue.empty():
+        yield queue.get_nowait()
 
 
 # End to end

@@ -520,7 +520,8 @@ async def test_too_few_silos_end_the_round_at_once_and_all_are_told():
     assert statuses == {"a": Status.ABANDONED, "b": Status.FAILED, "c": Status.ABANDONED}
     assert info.value.outcomes["c"].is_busy
     assert not info.value.outcomes["b"].is_busy
-    assert told["a"].reason == told["c"].reason == str(info.value)
+    assert told["a"].reason == told["c"].reason == info.value.reason
+    assert "are needed; b is failed: waiting for READY: the peer closed" in str(info.value)
     assert not told["a"].accepted
     assert not told["c"].accepted
 
@@ -530,6 +531,7 @@ async def test_a_quorum_that_breaks_during_the_upload_changes_nothing():
         await play({"a": takes_part(A), "c": takes_part(changed(w=NAN))}, min_silos=2)
     statuses = {name: outcome.status for name, outcome in info.value.outcomes.items()}
     assert statuses == {"a": Status.ABANDONED, "c": Status.REFUSED}
+    assert re.search(r"; c is refused: .* holds nan at \[.*\]$", str(info.value))
 
 
 async def test_a_round_without_silos_has_no_quorum():

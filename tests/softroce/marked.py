@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tests.softroce import debian, machine
+from tests.softroce import debian, machine, source
 from tests.softroce.errors import SoftRoceError
 
 TESTS: Final = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def marked_files(folder: Path = TESTS) -> list[Path]:
     ]
 
 
-def run(pyverbs: debian.Pyverbs, out: Path, listener: machine.Listener) -> Report:
+def run(pyverbs: debian.Pyverbs | source.Pyverbs, out: Path, listener: machine.Listener) -> Report:
     """Boot one node and run the marked tests with this pyverbs, and this process's Python otherwise.
 
     Leaves report.xml, kernel-0 and device-0 in `out`. Raises SoftRoceError as `Report.check` does.

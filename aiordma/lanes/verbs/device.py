@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from aiordma.lanes.choice import Gid, Port
+from aiordma.lanes.choice import DeviceFacts, Gid, Port
 from aiordma.lanes.completion import Completion, CompletionPump
+from aiordma.lanes.needs import COMPLETIONS
 from aiordma.lanes.registry import Registry
 from aiordma.lanes.verbs import api
 from aiordma.lanes.verbs.api import enums
@@ -26,19 +27,52 @@ _open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Device]] =
 """Each loop's devices that are in use, by name."""
 
 
+def names() -> list[str]:
+    """The devices that libibverbs has a driver for, in its order. Raises `LaneRefused`."""
+    with api.refused("cannot look at the RDMA devices"):
+        return [device.name.decode() for device in api.get_device_list()]
+
+
 def survey() -> list[Port]:
     """All ports of all devices, in the order of libibverbs. Raises `LaneRefused` if they cannot be opened."""
-    ports = []
-    with api.refused("cannot look at the RDMA devices"):
-        for device in api.get_device_list():
-            name = device.name.decode()
-            context = api.Context(name=name)
-            try:
-                count = context.query_device().phys_port_cnt
-                ports += [_port(context, name, number) for number in range(1, count + 1)]
-            finally:
-                context.close()
-    return ports
+    return [port for name in names() for port in describe(name).ports]
+
+
+def describe(name: str) -> DeviceFacts:
+    """One device and its ports. Raises `LaneRefused` if it cannot be opened, or vanishes."""
+    with (
+        api.refused(f"cannot open the RDMA device {name}"),
+        contextlib.closing(api.Context(name=name)) as context,
+    ):
+        found = context.query_device()
+        return DeviceFacts(
+            name=name,
+            firmware=found.fw_version,
+            ports=tuple(
+                _port(context, name, number) for number in range(1, found.phys_port_cnt + 1)
+            ),
+            has_windows=_has_windows(found),
+            max_region_bytes=found.max_mr_size,
+            max_queue_pairs=found.max_qp,
+            max_work_requests=found.max_qp_wr,
+            max_completions=found.max_cqe,
+        )
+
+
+def fork_support() -> str:
+    """Whether registered memory survives a fork: "enabled", "unneeded" (the kernel sees to it) or "disabled".
+
+    See ibv_is_fork_initialized(3). Raises `LaneRefused` if it cannot be had.
+    """
+    with api.refused("no fork support"):
+        api.fork_init()
+        kinds = {enums.IBV_FORK_ENABLED: "enabled", enums.IBV_FORK_UNNEEDED: "unneeded"}
+        return kinds.get(api.is_fork_initialized(), "disabled")
+
+
+def _has_windows(found: Any) -> bool:
+    windows = enums.IBV_DEVICE_MEM_WINDOW_TYPE_2A | enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B
+    return bool(found.device_cap_flags & windows)
 
 
 def _port(context: Any, device: str, number: int) -> Port:
@@ -54,7 +88,7 @@ def _port(context: Any, device: str, number: int) -> Port:
         state=_PORT_STATES[found.state],
         is_ethernet=found.link_layer == enums.IBV_LINK_LAYER_ETHERNET,
         lid=found.lid,
-        mtu_bytes=api.MTU_BYTES[found.active_mtu],
+        mtu_bytes=api.MTU_BYTES.get(found.active_mtu, 0),
         gids=gids,
     )
 
@@ -70,12 +104,12 @@ class Device:
             api.fork_init()
             self.context = api.Context(name=name)
             undo.callback(self.context.close)
-            flags = self.context.query_device().device_cap_flags
-            windows = enums.IBV_DEVICE_MEM_WINDOW_TYPE_2A | enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B
-            self.has_windows = bool(flags & windows)
+            self.has_windows = _has_windows(self.context.query_device())
             self.pd = api.PD(self.context)
             undo.callback(self.pd.close)
-            self.pump = CompletionPump(lambda entries: _Queue(self.context, entries))
+            self.pump = CompletionPump(
+                lambda entries: _Queue(self.context, entries), queue_entries=COMPLETIONS
+            )
             self.registry = Registry(
                 lambda at, size: api.pin(self.pd, at, size, 0), registered_bytes
             )
