@@ -213,17 +213,19 @@ class Outbox:
                 headers.append(done.chunk.header)
                 if done.chunk.stage is not None:
                     self._free_stages.append(done.chunk.stage)
-        self._completions.came(work_id, len(headers))
+        self._completions.came(work_id)
         return headers
 
     def is_done_with(self, transfer: int) -> bool:
-        """Whether the device reads nothing more of this transfer's own memory; if it does, a completion will tell."""
+        """Whether the device reads nothing more of this transfer's own memory.
+
+        If it does, the next batch sees to it that a completion tells.
+        """
         chunks = [*self._waiting, *(posted.chunk for posted in self._posted)]
         is_reading = any(
             chunk and chunk.parts and chunk.header.transfer == transfer for chunk in chunks
         )
-        if is_reading:
-            self._completions.is_bulk = False
+        self._completions.is_wanted |= is_reading
         return not is_reading
 
     @property
@@ -279,12 +281,14 @@ class _Completions:
 
     def __init__(self, most_requests: int, most_chunks: int) -> None:
         """So many work requests, or chunks, may go by without."""
-        self.is_bulk = False
-        """Whether the last chunks took all slots that had come back, so that more are likely to follow."""
+        self.is_wanted = False
+        """Whether somebody waits for the memory of chunks that are under way."""
+        self._is_bulk = False
         self._limits = most_requests, most_chunks
         self._requests = self._chunks = 0  # since the last that asks
-        self._returned = self._spent = 0  # slots, since it was judged
-        self._open_chunks = 0
+        self._returned = self._spent = (
+            0  # slots, with the last CREDIT and since, until it was judged
+        )
         self._asked_id = self._came_id = 0
 
     @property
@@ -302,37 +306,40 @@ class _Completions:
 
         `is_short`: no more chunks can be added before.
         """
-        if not self._open_chunks or self.is_due:
+        if not self._chunks:
             return False
-        return is_short or not self._goes_on
+        return self.is_wanted or (not self.is_due and (is_short or not self._goes_on))
 
     def judge(self) -> None:
-        """All chunks that could be added have been."""
-        self.is_bulk = self._goes_on
+        """All chunks that could follow the last CREDIT have."""
+        self.is_wanted = False
+        self._is_bulk = self._goes_on
         self._returned = self._spent = 0
 
     def credited(self, slots: int) -> None:
-        self._returned += slots
+        self._returned, self._spent = (
+            slots,
+            0,
+        )  # the peer owes one for chunks that go out from now on
 
     def posted(self, work_requests: int, *, is_chunk: bool) -> None:
         self._requests += work_requests
         self._chunks += is_chunk
         self._spent += is_chunk
-        self._open_chunks += is_chunk
 
     def asked(self, work_id: int) -> None:
         self._asked_id = work_id
         self._requests = self._chunks = 0
 
-    def came(self, work_id: int, chunks: int) -> None:
+    def came(self, work_id: int) -> None:
         self._came_id = max(self._came_id, work_id)
-        self._open_chunks -= chunks
 
     @property
     def _goes_on(self) -> bool:
+        """Whether the last chunks took all slots that had come back, so that more are likely to follow."""
         if self._returned or self._spent:
             return 0 < self._returned <= self._spent
-        return self.is_bulk
+        return self._is_bulk
 
 
 def _gather(parts: Sequence[memoryview], target: memoryview) -> int:

@@ -164,7 +164,7 @@ class RdmaLane:
 
     @property
     def room(self) -> int:
-        return 0 if self._is_over else self._outbox.room
+        return 0 if self._is_over or self._closing is not None else self._outbox.room
 
     def start(self, handler: LaneHandler) -> None:
         self._handler = handler
@@ -317,6 +317,7 @@ class RdmaLane:
             slots = self._frame(index, CreditHeader).slots
             self._outbox.credited(slots.bit_count())
             self._handler.credited(slots)
+            self._schedule()
         elif kind == Kind.END:
             self._lose(None)
         else:
