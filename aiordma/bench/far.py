@@ -36,6 +36,10 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     checksum: bool
 
 
+class Accept(msgspec.Struct, frozen=True, tag=True):
+    """Take that channel."""
+
+
 class Receive(msgspec.Struct, frozen=True, tag=True):
     """Receive a delivery, by any number of transfers: the `meta` of each is where it begins."""
 
@@ -59,7 +63,7 @@ class EndYardstick(msgspec.Struct, frozen=True, tag=True):
     """Answered when it is done."""
 
 
-Order = Open | Receive | Report | Close | ServeYardstick | EndYardstick
+Order = Open | Accept | Receive | Report | Close | ServeYardstick | EndYardstick
 _ANY_ORDER: Final[Any] = Order  # to mypy a union is no type[T]
 
 
@@ -106,8 +110,13 @@ class FarEnd:
         match order:
             case Open():
                 return Answer(port=await self._listen(order))
+            case Accept():
+                assert self._listener is not None
+                self._channel = await self._listener.accept()
             case Receive():
-                await self._begin()
+                assert self._channel is not None
+                assert self._meter is not None
+                self._receiving = asyncio.create_task(self._receive(self._channel, self._meter))
             case Report():
                 assert self._receiving is not None
                 return Answer(usage=await self._receiving)
@@ -137,13 +146,6 @@ class FarEnd:
         )
         self._listener = await listen(self._host, 0, config)
         return self._listener.address[1]
-
-    async def _begin(self) -> None:
-        assert self._listener is not None
-        assert self._meter is not None
-        if self._channel is None:
-            self._channel = await self._listener.accept()
-        self._receiving = asyncio.create_task(self._receive(self._channel, self._meter))
 
     async def _receive(self, channel: Channel, meter: Meter) -> Usage:
         meter.start(channel)

@@ -57,5 +57,5 @@ def _cells(row: LaneRow) -> tuple[str, ...]:
         spread(row.yardstick_mb_per_s),
         spread(row.ratio),
         f"{figure(row.sender_cpu_s_per_gb)} + {figure(row.receiver_cpu_s_per_gb)}",
-        f"{row.sender_copied_bytes / MiB:.0f} + {row.receiver_copied_bytes / MiB:.0f}",
+        f"{row.sender_copied_bytes / MiB:.1f} + {row.receiver_copied_bytes / MiB:.1f}",
     )

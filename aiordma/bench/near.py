@@ -6,7 +6,7 @@ import asyncio
 import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
 import aiordma
@@ -16,6 +16,7 @@ from aiordma.bench.errors import BenchError, CorruptTransfer
 from aiordma.bench.far import (
     CONTROL,
     PROBE_S,
+    Accept,
     Answer,
     Close,
     EndYardstick,
@@ -84,6 +85,7 @@ class Far:
             timeout_s=self._stall_s,
         )
         async with channel:
+            await self.ask(Accept())
             yield Link(self, channel, meter)
         await self.ask(Close())
 
@@ -141,13 +143,20 @@ async def far_end(peer: Address | None, stall_s: float) -> AsyncIterator[Far]:
         address = LOOPBACK, await _announced_port(process, stall_s)
         async with aiordma.connect(*address, config=CONTROL, timeout_s=stall_s) as control:
             yield Far(control, LOOPBACK, stall_s)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_END_S):
-                await process.wait()
     finally:
-        if process.returncode is None:
-            process.kill()
+        await _reap(process)
+
+
+async def _reap(process: asyncio.subprocess.Process) -> None:
+    """It ends by itself, when the control connection does; if it fails, its traceback is worth the time."""
+    try:
+        async with asyncio.timeout(_END_S):
             await process.wait()
+    except BaseException as exc:
+        process.kill()
+        await process.wait()
+        if not isinstance(exc, TimeoutError):
+            raise
 
 
 async def _announced_port(process: asyncio.subprocess.Process, stall_s: float) -> int:
