@@ -132,8 +132,13 @@ class Device:
         del _open[asyncio.get_running_loop()][self.name]
         self.registry.clear()
         await self.pump.aclose()
-        self.pd.close()
-        self.context.close()
+        try:
+            self.pd.close()
+            self.context.close()
+        except api.PyverbsError as exc:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"{self.name} could not be closed", "exception": exc}
+            )
 
 
 class _Queue:
