@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import random
 import socket
@@ -280,11 +281,18 @@ async def channel_pair(
 ) -> AsyncIterator[tuple[Channel, Channel]]:
     """Both ends of a channel over lanes of this kind; `right` has the left one's configuration by default."""
     right = right or left
+    if kind == "verbs":
+        left, right = (_patient(config) for config in (left, right))
     async with contextlib.AsyncExitStack() as stack:
         if kind in ("tcp", "verbs"):
             listener = await stack.enter_async_context(aiordma.listen(config=right))
             near = await stack.enter_async_context(
-                aiordma.connect(*listener.address, config=left, require=kind)  # type: ignore[arg-type]
+                aiordma.connect(
+                    *listener.address,
+                    config=left,
+                    require=kind,  # type: ignore[arg-type]
+                    timeout_s=30,
+                )
             )
             far = await listener.accept()
         elif kind == "rdma":
@@ -297,6 +305,11 @@ async def channel_pair(
             await stack.enter_async_context(near)
         async with far:
             yield near, far
+
+
+def _patient(config: ChannelConfig | None) -> ChannelConfig:
+    """A real device's processor may be an emulated one, on a machine that does other things."""
+    return dataclasses.replace(config or ChannelConfig(), probe_s=20, connect_timeout_s=30)
 
 
 def rdma_channels(left: ChannelConfig, right: ChannelConfig) -> tuple[Channel, Channel]:

@@ -11,7 +11,7 @@ import numpy as np
 import aiordma
 from aiordma import Channel, ChannelConfig
 from fedllm import FedAvg, FedError, Ready, Report, RoundResult, Silo, Staged, Task, run_round
-from fedllm.messages import FROM_SERVER, Commit, Upload, Welcome
+from fedllm.messages import FROM_SERVER, Commit, Upload
 
 SMALL = ChannelConfig(slot_bytes=1 << 14, slots=4, close_timeout_s=1.0)
 LARGE_ITEMS = 1 << 20
@@ -45,7 +45,7 @@ async def pairs(*names: str) -> AsyncIterator[tuple[dict[str, Channel], dict[str
 
 
 def silo_on(channel: Channel) -> Silo:
-    return Silo(channel, "silo", Welcome("run", 1, 1))
+    return Silo(channel, "silo")
 
 
 def takes_part(

@@ -114,7 +114,7 @@ async def test_weights_that_come_right_behind_their_task_are_taken():
     async with aiordma.listen(config=QUICK) as listener:
         accepting = asyncio.ensure_future(listener.accept())
         async with aiordma.connect(*listener.address, config=QUICK) as channel:
-            silo = Silo(channel, "a", Welcome("run", 1, 1))
+            silo = Silo(channel, "a")
             async with await accepting as server:
                 waiting = asyncio.ensure_future(anext(silo.rounds()))
                 await server.send(Task(1, 1, {}))
@@ -143,7 +143,7 @@ async def test_a_cancelled_submit_gives_the_upload_up(stage: str):
 
         async with aiordma.connect(*listener.address, config=QUICK) as channel:
             server = await accepting
-            silo = Silo(channel, "a", Welcome("run", 1, 1))
+            silo = Silo(channel, "a")
             tasks = silo.rounds()
             large = {"w": np.zeros(1 << 20, np.float32)}
             for ticket in (1, 2):
