@@ -52,7 +52,7 @@ class FakeDevice:
         self, make_queue: Callable[[int], FakeQueue] = FakeQueue, *, registered_bytes: int = 1 << 40
     ) -> None:
         self._queues = Queues(make_queue)
-        self._regions: dict[int, tuple[int, int]] = {}
+        self.regions: dict[int, tuple[int, int]] = {}
         self.pump: CompletionPump[FakeQueue] = self._queues.pump(queue_entries=4096)
         self.registry = Registry(self.pin, registered_bytes)
         self.queue_pairs = 0
@@ -60,11 +60,11 @@ class FakeDevice:
 
     def pin(self, at: int, nbytes: int) -> _Region:
         """Register memory."""
-        return _Region(self._regions, at, nbytes)
+        return _Region(self.regions, at, nbytes)
 
     def may_read(self, piece: Piece) -> bool:
         """Whether all of it is registered under its key."""
-        start, end = self._regions.get(piece.lkey, (0, 0))
+        start, end = self.regions.get(piece.lkey, (0, 0))
         return start <= piece.address and piece.address + piece.length <= end
 
     async def release(self) -> None:
@@ -210,12 +210,19 @@ class _Wire:
         self.has_failed = False
         self.is_gone = False
         self.is_held = False
+        self.withholds_acks = False
+        """The peer has it, and the sender does not know."""
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._posted: deque[Frame] = deque()
         self._unacked: deque[Frame] = deque()
         self._taken = 0
         self._is_scheduled = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no work, or is gone."""
+        return self.is_gone or not (self._posted or self._unacked)
 
     def post(self, batch: Sequence[Frame]) -> None:
         """All of it, or none. A place is free again when it, or a later one, has completed."""
@@ -294,8 +301,13 @@ class _Wire:
 
     def _acknowledge(self, frame: Frame) -> None:
         """The peer's device has all up to this one."""
-        if not (self.has_failed or self.is_gone):
+        if not (self.has_failed or self.is_gone or self.withholds_acks):
             self._complete(frame)
+
+    def acknowledge(self) -> None:
+        """All that has gone."""
+        if self._unacked:
+            self._acknowledge(self._unacked[-1])
 
     def _complete(self, frame: Frame) -> None:
         while self._unacked:

@@ -165,8 +165,9 @@ class Outbox:
             self._free -= len(pieces) + 1
 
     def end(self) -> None:
-        """The END is for the next batch; chunks that wait are not sent."""
+        """The END is for the next batch, and nothing comes after it."""
         self.drop()
+        self._credits = 0
         self._special.append(Frame(0, (), 0, b"", 0, Kind.END << 16, is_signalled=True))
         self._free -= 1
 
