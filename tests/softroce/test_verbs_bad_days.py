@@ -124,6 +124,21 @@ async def test_rlimit_memlock_is_too_small_for_a_tensor(little_lockable_memory):
         await usable(near, far)
 
 
+async def test_more_than_the_device_registers_at_once(monkeypatch):
+    from aiordma.lanes.verbs import Device
+
+    config = ChannelConfig(slot_bytes=4096, probe_s=10)
+    async with pair(config, require="verbs") as (near, far):
+        device = queue_pair(near)._device
+        assert isinstance(device, Device)
+        monkeypatch.setattr(device, "max_region_bytes", 1 << 20)
+        with pytest.raises(
+            RegistrationError, match=r"registers at once \(1048576\): use smaller slots"
+        ):
+            near.register(np.ones((1 << 20) + 1, np.uint8))
+        await usable(near, far)
+
+
 async def test_what_cannot_be_registered():
     config = ChannelConfig(slot_bytes=4096, probe_s=10, registered_bytes=1 << 20)
     async with pair(config, require="verbs") as (near, far):

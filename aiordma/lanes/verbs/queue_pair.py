@@ -202,9 +202,9 @@ class _Memory:
             self.pd = api.PD(device.context)
             owned.callback(self.pd.close)
             access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
-        self.ring = api.pin(self.pd, address_of(ring.memory), ring.memory.nbytes, access)
+        self.ring = device.pin(self.pd, address_of(ring.memory), ring.memory.nbytes, access)
         owned.callback(self.ring.close)
-        pinned = api.pin(self.pd, self._stages_at, stages.memory.nbytes, 0)
+        pinned = device.pin(self.pd, self._stages_at, stages.memory.nbytes, 0)
         owned.callback(pinned.close)
         self._stages_key: int = pinned.lkey
         self.key: int = self.ring.rkey
