@@ -4,7 +4,6 @@ It is built as rdma-core's own developers do, in place, and kept in the cache: `
 modules and throw away the library that they need.
 """
 
-import os
 import subprocess
 import sys
 import tarfile
@@ -42,45 +41,40 @@ class Pyverbs(NamedTuple):
 def build(cache: Path) -> Pyverbs:
     """Build it, unless the cache has it: about four minutes on two cores."""
     folder = cache / f"pyverbs-{VERSION}-{sys.implementation.cache_tag}"
-    stamp = (
-        folder / "built"
-    )  # the build has its own path in it, and cannot be moved when it is done
+    # Written last. The build has its own path in it, and cannot be moved to its place when it is done.
+    stamp, place = folder / "built", folder / "build"
     if not stamp.exists():
         debian.install(debian.missing_packages(PACKAGES))
         with tempfile.TemporaryDirectory() as scratch:
             tools = Path(scratch, "tools")
-            _run(sys.executable, "-m", "venv", str(tools))
-            _run(str(tools / "bin/pip"), "install", "--quiet", *_TOOLS)
+            _run(sys.executable, "-m", "venv", tools)
+            _run(tools / "bin/pip", "install", "--quiet", *_TOOLS)
             source = _download(tools, Path(scratch), folder)
-            options = [f"-DPYTHON_EXECUTABLE={sys.executable}", "-DIN_PLACE=1", "-DNO_MAN_PAGES=1"]
-            _run(
-                "cmake",
-                "-GNinja",
-                "-S",
-                str(source),
-                "-B",
-                str(folder / "build"),
-                *options,
-                path=tools / "bin",
+            # Its own Python: CMake wants Cython of it, and finds no other.
+            options = (
+                f"-DPYTHON_EXECUTABLE={tools}/bin/python",
+                "-DIN_PLACE=1",
+                "-DNO_MAN_PAGES=1",
             )
-            _run("ninja", "-C", str(folder / "build"))
+            _run("cmake", "-GNinja", "-S", source, "-B", place, *options)
+            _run("ninja", "-C", place)
+        if not (place / "python/pyverbs").is_dir():
+            raise SoftRoceError(f"rdma-core was built in {folder}, and pyverbs was left out")
         stamp.touch()
-    return Pyverbs(folder / "build", f"{VERSION}, from source")
+    return Pyverbs(place, f"{VERSION}, from source")
 
 
 def _download(tools: Path, scratch: Path, folder: Path) -> Path:
     """The folder of rdma-core's sources within pyverbs' archive, unpacked in `folder`, where the build needs it."""
     wanted = ["--no-deps", "--no-binary", "pyverbs", "--no-build-isolation", f"pyverbs=={VERSION}"]
-    _run(str(tools / "bin/pip"), "download", "--quiet", "--dest", str(scratch), *wanted)
+    _run(tools / "bin/pip", "download", "--quiet", "--dest", scratch, *wanted)
     with tarfile.open(scratch / f"pyverbs-{VERSION}.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     return folder / f"pyverbs-{VERSION}" / "rdma-core"
 
 
-def _run(*command: str, path: Path | None = None) -> None:
-    """`path` comes before PATH: CMake finds Cython there, and nowhere else."""
-    environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"} if path else None
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         last = (done.stdout + done.stderr)[-4000:]
-        raise SoftRoceError(f"`{' '.join(command)}` failed:\n{last}")
+        raise SoftRoceError(f"`{' '.join(map(str, command))}` failed:\n{last}")
