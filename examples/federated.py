@@ -20,20 +20,17 @@ ROUNDS = 8
 
 
 async def take_part(address: tuple[str, int], name: str, x: np.ndarray, y: np.ndarray) -> None:
-    """A silo: train on what stays here, say READY, upload when asked, hear the verdict."""
-    async with aiordma.connect(*address) as channel:
+    """A silo: train on what stays here, and hand in the update when the server asks for it."""
+    async with aiordma.connect(*address) as channel, fedllm.Silo(channel, name) as silo:
         await channel.send(name)
-        for _ in range(ROUNDS):
-            task = await channel.recv(fedllm.Task)
-            weights = (await channel.recv_tensors()).arrays
+        async for task in silo.rounds():
+            w = task.weights["w"]
             for _ in range(20):
-                weights["w"] -= 0.1 * x.T @ (x @ weights["w"] - y) / len(y)
-            await channel.send(fedllm.Ready(task.ticket, len(y), None, {}))
-            message = await channel.recv()
-            while message["type"] == "Upload":  # once, and again if it went wrong
-                await channel.send_tensors(weights, meta=task.meta(message["attempt"]))
-                message = await channel.recv()
-            assert message["accepted"], message["reason"]
+                w -= 0.1 * x.T @ (x @ w - y) / len(y)
+            report = await task.submit({"w": w}, weight=len(y))
+            assert report.accepted, report.reason
+            if task.round == ROUNDS:
+                break
 
 
 async def lead(listener: aiordma.Listener) -> None:

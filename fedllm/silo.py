@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsFloat, TypeVar
+from types import TracebackType
+from typing import Any, Self, SupportsFloat, TypeVar
 
 import msgspec
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from aiordma import (
     ChannelError,
     MessageError,
     Outgoing,
+    Transfer,
     TransferError,
     connect,
     prepare,
@@ -86,11 +89,9 @@ async def join(
     except msgspec.ValidationError as exc:
         raise SettingError(f"no server takes such a request to join: {exc}") from exc
     async with connect(host, port, config=config, timeout_s=timeout_s) as channel:
-        silo = Silo(channel, name, await _be_admitted(channel, request, timeout_s))
-        try:
+        welcome = await _be_admitted(channel, request, timeout_s)
+        async with Silo(channel, name, run=welcome.run, total_rounds=welcome.rounds) as silo:
             yield silo
-        finally:
-            await silo.aclose()
 
 
 async def _be_admitted(channel: Channel, request: Join, timeout_s: float) -> Welcome:
@@ -107,17 +108,25 @@ async def _be_admitted(channel: Channel, request: Join, timeout_s: float) -> Wel
 
 
 class Silo:
-    """A member of a run. Made by `join`."""
+    """A member of a run: made by `join`, or on a channel of one's own to somebody who calls `run_round` on it.
 
-    def __init__(self, channel: Channel, name: str, welcome: Welcome) -> None:
+    A context manager, which stops listening at its end; it closes only what `join` has opened.
+    """
+
+    def __init__(
+        self, channel: Channel, name: str, *, run: str = "", total_rounds: int | None = None
+    ) -> None:
         self.name = name
-        self.run = welcome.run
+        self.run = run
         """The server's name for the run."""
-        self.total_rounds = welcome.rounds
+        self.total_rounds = total_rounds
+        """None if nobody has said."""
         self.final: dict[str, NDArray[Any]] | None = None
         """The last global weights, once the run is over and the server has sent them."""
         self._channel = channel
         self._heard: asyncio.Task[ServerMessage] | None = None
+        self._offered: deque[Transfer] = deque()
+        """What is not for the present task: for an earlier one, or for one that is yet to be read."""
         self._unanswered: int | None = None
         """The ticket of the last task, until it has its Ready or Decline."""
 
@@ -187,8 +196,19 @@ class Silo:
         uploaded = outgoing.manifest.total_bytes if accepted or is_uploaded else 0
         return Report(accepted=accepted, reason=reason, bytes=uploaded, seconds=seconds)
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
     async def aclose(self) -> None:
-        """Stop listening; the channel itself is closed by `join`."""
+        """Stop listening; the channel stays open."""
         heard, self._heard = self._heard, None
         if heard is not None:
             heard.cancel()
@@ -214,11 +234,18 @@ class Silo:
             return None
 
     async def _next_weights(self, ticket: int) -> dict[str, NDArray[Any]]:
+        offered = self._offered
+        while not (mine := [one for one in offered if is_for(one.meta, ticket)]):
+            offered.append(await self._next_transfer())
+        # Weights come in the order of their tasks, though perhaps before a task was read.
+        while (transfer := offered.popleft()) is not mine[0]:
+            await turn_away(transfer, "it is for another task")
+        return await transfer.arrays("numpy")
+
+    async def _next_transfer(self) -> Transfer:
         async with contextlib.aclosing(self._channel.incoming()) as transfers:
             async for transfer in transfers:
-                if is_for(transfer.meta, ticket):
-                    return await transfer.arrays("numpy")
-                await turn_away(transfer, "it is for another task")
+                return transfer
         raise ServerLost("the server closed the connection before the weights came")
 
     async def _unless_told(self, work: Coroutine[Any, Any, T]) -> T | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import importlib
 import random
 import socket
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 import aiordma
 from aiordma import Channel, ChannelConfig
@@ -23,22 +26,30 @@ from aiordma.control import MemoryControl
 from aiordma.errors import RemoteProtocolError
 from aiordma.handshake import limits_of, reserve
 from aiordma.lanes.base import Lane, LaneHandler
+from aiordma.lanes.choice import choose
 from aiordma.lanes.memory import MemoryLane
 from aiordma.lanes.tcp import TcpLane
 from aiordma.ring import MemoryBudget, Ring
 from aiordma.wire.frames import ChunkHeader
 from tests import fake_device
-from tests.conftest import LOOPS
+from tests.conftest import LOOPS, no_verbs
 from tests.fake_device import FakeDevice
 
 LANES = ("memory", "reordered", "tcp", "rdma")
 """Every lane there is; "reordered" is a memory lane whose chunks overtake each other, "rdma" has a fake device."""
 
+# As `pytest -m verbs` selects them; not even collected where there is no device.
+_VERBS = () if no_verbs() else (pytest.mark.verbs,)
+LANE_PARAMS = (*LANES, *(pytest.param("verbs", marks=mark) for mark in _VERBS))
+"""For tests that run over a real device too, where there is one."""
+VERBS_KINDS = [pytest.param(("verbs", 2), marks=mark) for mark in _VERBS]
+"""Of these, kind and number of lanes."""
+
 LARGE = 16 << 20
 """More than the kernel takes off a sender whose peer does not read, and more than a turn of the loop moves."""
 CANARY = 0xA5
-LANE_SLOTS = 16
-"""That the ring of each of a pair of lanes has."""
+LANE_SLOTS = {"verbs": 4}
+"""That the ring of each of a pair of lanes has: 16, unless all of it is pinned."""
 
 _PATIENCE_S = 10.0
 """How long to wait for what must come, on a machine that may be busy. Nothing ever waits so long for nothing."""
@@ -132,7 +143,7 @@ class LaneUser:
     lane: Lane
     peer: LaneUser | None = None
     """Who gives the slots back, out of band."""
-    slots: list[int] = field(default_factory=lambda: list(range(LANE_SLOTS)))
+    slots: list[int] = field(default_factory=lambda: list(range(16)))
     """Free ones of the peer's. To the tests every chunk is one for slot 0."""
     posted: dict[int, ChunkHeader] = field(default_factory=dict)
     """By slot, until they have arrived."""
@@ -210,25 +221,30 @@ def chunk(
     return ChunkHeader(0, len(payload), transfer, offset, None), [memoryview(payload)]
 
 
-def lane_users(kind: str) -> tuple[LaneUser, LaneUser]:
+async def lane_users(kind: str) -> tuple[LaneUser, LaneUser]:
     """Two users of lanes that are each other's peer, not started."""
-    left, right = map(LaneUser, lane_pair(kind))
+    slots = LANE_SLOTS.get(kind, 16)
+    left, right = (
+        LaneUser(lane, slots=list(range(slots))) for lane in await lane_pair(kind, slots)
+    )
     left.peer, right.peer = right, left
     return left, right
 
 
-def lane_pair(kind: str) -> tuple[Lane, Lane]:
+async def lane_pair(kind: str, slots: int) -> tuple[Lane, Lane]:
     """Two lanes that are each other's peer, not started."""
     loop = asyncio.get_running_loop()
     if kind == "memory":
         return MemoryLane.pair(loop)
     if kind == "reordered":
         return ReorderingLane.pair(loop)
+    budget = MemoryBudget(1 << 40)  # slots of this size cost nothing before they are used
     if kind == "rdma":
-        budget = MemoryBudget(1 << 40)  # slots of this size cost nothing before they are used
-        near_ring, far_ring = (Ring(LANE_SLOTS, LARGE, budget=budget) for _ in range(2))
+        near_ring, far_ring = (Ring(slots, LARGE, budget=budget) for _ in range(2))
         (_, left), (_, right) = fake_device.lane_pair(near_ring, far_ring, budget=budget)
         return left, right
+    if kind == "verbs":
+        return await verbs_lanes(*(Ring(slots, LARGE, budget=budget) for _ in range(2)))
     near, far = socket_pair()
     return TcpLane(near, loop), TcpLane(far, loop)
 
@@ -244,16 +260,40 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
+async def verbs_lanes(*rings: Ring) -> tuple[Lane, Lane]:
+    """Two lanes over queue pairs of this machine's first device."""
+    verbs = importlib.import_module("aiordma.lanes.verbs")
+    choice = choose(verbs.survey())
+    limits = limits_of(ChannelConfig(slot_bytes=LARGE), list(rings))
+    ends = []
+    for ring in rings:
+        device = verbs.Device.open(choice.port.device, registered_bytes=1 << 30)
+        ends.append(verbs.open_lane(device, choice, ring, limits))
+    for (pair, lane), (peer, _) in zip(ends, reversed(ends), strict=True):
+        pair.connect(peer.address, 0.0)
+        await lane.expose()
+    return ends[0][1], ends[1][1]
+
+
 @asynccontextmanager
 async def channel_pair(
     kind: str, left: ChannelConfig | None = None, right: ChannelConfig | None = None
 ) -> AsyncIterator[tuple[Channel, Channel]]:
     """Both ends of a channel over lanes of this kind; `right` has the left one's configuration by default."""
     right = right or left
+    if kind == "verbs":
+        left, right = (_patient(config) for config in (left, right))
     async with contextlib.AsyncExitStack() as stack:
-        if kind == "tcp":
+        if kind in ("tcp", "verbs"):
             listener = await stack.enter_async_context(aiordma.listen(config=right))
-            near = await stack.enter_async_context(aiordma.connect(*listener.address, config=left))
+            near = await stack.enter_async_context(
+                aiordma.connect(
+                    *listener.address,
+                    config=left,
+                    require=kind,  # type: ignore[arg-type]
+                    timeout_s=30,
+                )
+            )
             far = await listener.accept()
         elif kind == "rdma":
             near, far = rdma_channels(left or ChannelConfig(), right or ChannelConfig())
@@ -265,6 +305,11 @@ async def channel_pair(
             await stack.enter_async_context(near)
         async with far:
             yield near, far
+
+
+def _patient(config: ChannelConfig | None) -> ChannelConfig:
+    """A real device's processor may be an emulated one, on a machine that does other things."""
+    return dataclasses.replace(config or ChannelConfig(), probe_s=20, connect_timeout_s=30)
 
 
 def rdma_channels(left: ChannelConfig, right: ChannelConfig) -> tuple[Channel, Channel]:

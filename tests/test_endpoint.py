@@ -29,7 +29,7 @@ from aiordma.listener import _MAX_UNACCEPTED
 from aiordma.ring import BUDGET
 from tests.foreign import nothing_left
 from tests.harness import (
-    LANES,
+    LANE_PARAMS,
     channel_pair,
     noise,
     run,
@@ -52,7 +52,7 @@ async def untouched(loop_kind: str) -> AsyncIterator[None]:
         yield
 
 
-@pytest.fixture(params=LANES)
+@pytest.fixture(params=LANE_PARAMS)
 async def pair(request, untouched: None) -> AsyncIterator[Pair]:
     async with channel_pair(request.param, CONFIG) as ends:
         yield ends

@@ -11,16 +11,16 @@ import pytest
 from aiordma.errors import RemoteProtocolError
 from aiordma.wire.frames import ChunkHeader
 from tests.foreign import nothing_left
-from tests.harness import CANARY, LANES, LARGE, LaneUser, chunk, key, lane_users, turns, until
+from tests.harness import CANARY, LANE_PARAMS, LARGE, LaneUser, chunk, key, lane_users, turns, until
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 
 
-@pytest.fixture(params=LANES)
+@pytest.fixture(params=LANE_PARAMS)
 async def users(request) -> AsyncIterator[tuple[LaneUser, LaneUser]]:
     """Two users of a lane, not started; afterwards nothing is left, and nobody was told twice that it is lost."""
     async with nothing_left():
-        left, right = lane_users(request.param)
+        left, right = await lane_users(request.param)
         yield left, right
         for user in (left, right):
             await user.lane.aclose()
@@ -39,7 +39,7 @@ def is_rdma(request) -> bool:
 
     None of the payloads here is registered: the lane copies them when they are posted.
     """
-    return "rdma" in request.node.name
+    return "rdma" in request.node.name or "verbs" in request.node.name
 
 
 # Chunks
@@ -78,19 +78,20 @@ async def test_chunks_both_ways_and_each_is_told_once(users, is_ordered):
 
 async def test_room_is_spent_and_comes_back(users, is_rdma):
     left, right = users
-    room = left.lane.room
+    at_first = left.lane.room
+    room = min(at_first, len(left.slots))
     for i in range(room):
         assert left.lane.room > 0
         left.send(chunk(bytes(LARGE), offset=i))
     assert not left.backlog
     if is_rdma:  # it counts on chunks of many pieces
-        assert 0 < left.lane.room < room
+        assert left.lane.room < at_first
     else:
         assert left.lane.room == 0
     left.start()
     right.start()
     await until(lambda: len(right.payloads) == room)
-    await until(lambda: left.lane.room == room)
+    await until(lambda: left.lane.room == at_first)
     assert len(left.told("sent")) == room > 0
 
 

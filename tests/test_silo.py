@@ -10,8 +10,9 @@ import pytest
 
 import aiordma
 from fedllm import FedError, ServerLost, SettingError, Silo, Status
-from fedllm.messages import Join, Ready, Upload, Welcome
+from fedllm.messages import Join, Ready, Task, Upload, Welcome
 from tests.federation import QUICK, Log, joining, running, take_part, weights_of
+from tests.harness import cancel
 
 pytestmark = pytest.mark.usefixtures("loop_kind", "no_leaks")
 
@@ -108,6 +109,27 @@ async def test_figures_may_be_any_kind_of_number():
     assert log.rounds[0].outcomes["a"].norm == 1.5
 
 
+async def test_weights_that_come_right_behind_their_task_are_taken():
+    """Though the silo still waits for those of another task, whose round was cancelled."""
+    async with aiordma.listen(config=QUICK) as listener:
+        accepting = asyncio.ensure_future(listener.accept())
+        async with aiordma.connect(*listener.address, config=QUICK) as channel:
+            silo = Silo(channel, "a")
+            async with await accepting as server:
+                waiting = asyncio.ensure_future(anext(silo.rounds()))
+                await server.send(Task(1, 1, {}))
+                await channel.ping()
+                try:
+                    async with asyncio.timeout(10):
+                        await server.send(Task(2, 2, {}))
+                        meta = Task(2, 2, {}).meta(0)
+                        await server.send_tensors(weights_of(0), meta=meta, confirm=True)
+                        assert (await waiting).round == 2
+                finally:
+                    await cancel(waiting)
+                    await silo.aclose()
+
+
 async def drain(chunks: AsyncIterator[aiordma.Chunk]) -> None:
     async for chunk in chunks:
         chunk.release()
@@ -121,7 +143,7 @@ async def test_a_cancelled_submit_gives_the_upload_up(stage: str):
 
         async with aiordma.connect(*listener.address, config=QUICK) as channel:
             server = await accepting
-            silo = Silo(channel, "a", Welcome("run", 1, 1))
+            silo = Silo(channel, "a")
             tasks = silo.rounds()
             large = {"w": np.zeros(1 << 20, np.float32)}
             for ticket in (1, 2):

@@ -21,7 +21,7 @@ from aiordma import (
 )
 from tests.foreign import nothing_left
 from tests.harness import (
-    LANES,
+    LANE_PARAMS,
     channel_pair,
     noise,
     round_trips,
@@ -38,7 +38,7 @@ Pair = tuple[Channel, Channel]
 # The caller's timeouts
 
 
-@pytest.mark.parametrize("kind", LANES)
+@pytest.mark.parametrize("kind", LANE_PARAMS)
 async def test_a_call_that_times_out_leaves_the_channel_usable(kind: str, loop_kind: str) -> None:
     async with nothing_left():
         async with channel_pair(kind, ChannelConfig(slot_bytes=SLOT, slots=4)) as (near, far):
@@ -114,7 +114,7 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 IDLE_S = ChannelConfig().idle_timeout_s
 
 
-@pytest.fixture(params=LANES)
+@pytest.fixture(params=LANE_PARAMS)
 async def pair(request) -> AsyncIterator[Pair]:
     async with nothing_left(), channel_pair(request.param, CONFIG) as ends:
         yield ends

@@ -20,11 +20,29 @@ from aiordma import (
     TransferRefused,
 )
 from tests.foreign import nothing_left
-from tests.harness import alike, at_rest, cancel, channel_pair, noise, round_trips, turns, usable
+from tests.harness import (
+    VERBS_KINDS,
+    alike,
+    at_rest,
+    cancel,
+    channel_pair,
+    noise,
+    round_trips,
+    turns,
+    usable,
+)
 
 SLOT = 64 << 10
 CONFIG = ChannelConfig(slot_bytes=SLOT, messages=64)
-KINDS = [("memory", 1), ("reordered", 4), ("tcp", 1), ("tcp", 4), ("rdma", 1), ("rdma", 4)]
+KINDS: list[Any] = [
+    ("memory", 1),
+    ("reordered", 4),
+    ("tcp", 1),
+    ("tcp", 4),
+    ("rdma", 1),
+    ("rdma", 4),
+]
+KINDS += VERBS_KINDS
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 Pair = tuple[Channel, Channel]

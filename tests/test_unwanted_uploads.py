@@ -32,7 +32,6 @@ from fedllm.messages import (
     Ready,
     Task,
     Upload,
-    Welcome,
 )
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -73,7 +72,7 @@ async def a_round(channels: dict[str, Channel], **options: Any) -> RoundResult:
 
 
 async def take_part(channel: Channel) -> Report:
-    silo = Silo(channel, "silo", Welcome("run", 1, 1))
+    silo = Silo(channel, "silo")
     try:
         return await (await anext(silo.rounds())).submit(ONES, weight=1)
     finally:
@@ -84,7 +83,7 @@ def change_ones_mind(when: str) -> Behaviour:
     """A silo that cancels its submission `when`, and asks for the next task."""
 
     async def behave(channel: Channel) -> Report:
-        silo = Silo(channel, "silo", Welcome("run", 1, 1))
+        silo = Silo(channel, "silo")
         rounds = silo.rounds()
         try:
             submitting = asyncio.ensure_future((await anext(rounds)).submit(ONES, weight=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +32,24 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """VmHWM: the most that VmRSS ever was."""
     return _status_bytes("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let `peak_resident_bytes` begin anew; see proc(5), /proc/[pid]/clear_refs."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def pinned_bytes() -> int:
+    """VmPin: what this process has pinned for devices. The kernel counts what is registered twice twice."""
+    return _status_bytes("VmPin")
+
+
+def machine_cpu_s() -> float:
+    """CPU seconds of all processes and of the kernel, interrupts included, since boot; /proc/stat, proc(5)."""
+    _, user, nice, system, _, _, irq, softirq, *_ = (
+        Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()
+    )
+    return sum(map(int, (user, nice, system, irq, softirq))) / os.sysconf("SC_CLK_TCK")
 
 
 def available_bytes() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import msgspec
 
@@ -12,13 +12,11 @@ from aiordma.bench.plan import (
     AIM_EXTRA_BYTES,
     AIM_RATIO,
     Findings,
-    GiB,
-    KiB,
     MessageRow,
     MiB,
-    Spread,
     TransferRow,
 )
+from aiordma.bench.tables import figure, size, spread, table
 
 _HOW = """\
 How: two processes a contender, over loopback; the contenders take turns round by round, in changing order.
@@ -33,14 +31,6 @@ ring: the receive slots, which are part of the extra as far as they were touched
 round trip: a small message and its echo, one at a time; p50 and p99 of a round, median of the rounds."""
 
 
-def size(nbytes: int) -> str:
-    """A size as people write it: 64 B, 512 MiB."""
-    for unit, name in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
-        if nbytes >= unit and nbytes % unit == 0:
-            return f"{nbytes // unit} {name}"
-    return f"{nbytes} B"
-
-
 def text(findings: Findings) -> str:
     """The tables, the aims, and how each figure was got."""
     plan = findings.plan
@@ -50,9 +40,9 @@ def text(findings: Findings) -> str:
         host,
         f"rounds {plan.rounds}, congestion control {plan.congestion}, aiordma's checksums {checksum}",
         "",
-        *_table(_TRANSFER_HEAD, [_transfer_cells(row) for row in findings.transfers]),
+        *table(_TRANSFER_HEAD, [_transfer_cells(row) for row in findings.transfers]),
         "",
-        *_table(_MESSAGE_HEAD, [_message_cells(row) for row in findings.messages]),
+        *table(_MESSAGE_HEAD, [_message_cells(row) for row in findings.messages]),
         "",
         *(f"Left out: {reason}" for reason in findings.left_out),
         *aims(findings),
@@ -62,7 +52,7 @@ def text(findings: Findings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(findings: Findings) -> bytes:
+def as_json(findings: msgspec.Struct) -> bytes:
     """Everything, indented."""
     return msgspec.json.format(msgspec.json.encode(findings), indent=2) + b"\n"
 
@@ -111,11 +101,11 @@ def _transfer_cells(row: TransferRow) -> tuple[str, ...]:
     return (
         size(row.nbytes),
         row.contender.name,
-        _figure(row.nbytes / row.gb_per_s.median / 1e6),
-        _spread(row.gb_per_s),
-        _spread(row.raw_ratios[0]),
-        _figure(row.raw_ratios[1].median),
-        f"{_figure(row.sender_cpu_s_per_gb)} + {_figure(row.receiver_cpu_s_per_gb)}",
+        figure(row.nbytes / row.gb_per_s.median / 1e6),
+        spread(row.gb_per_s),
+        spread(row.raw_ratios[0]),
+        figure(row.raw_ratios[1].median),
+        f"{figure(row.sender_cpu_s_per_gb)} + {figure(row.receiver_cpu_s_per_gb)}",
         f"{row.sender_extra_bytes / MiB:.1f} / {row.receiver_extra_bytes / MiB:.1f}",
         str(row.contender.ring_bytes // MiB),
     )
@@ -127,27 +117,7 @@ _MESSAGE_HEAD = (f"{MESSAGE_BYTES} B message", "round trip p50 us", "p99 us", "x
 def _message_cells(row: MessageRow) -> tuple[str, ...]:
     return (
         row.contender.name,
-        _spread(row.p50_s, 1e6),
-        _spread(row.p99_s, 1e6),
-        _spread(row.raw_ratio),
+        spread(row.p50_s, 1e6),
+        spread(row.p99_s, 1e6),
+        spread(row.raw_ratio),
     )
-
-
-def _spread(spread: Spread, scale: float = 1) -> str:
-    median, low, high = (
-        _figure(value * scale) for value in (spread.median, spread.low, spread.high)
-    )
-    return f"{median} ({low}..{high})"
-
-
-def _figure(value: float) -> str:
-    """Three digits that mean something, or two decimals."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
-    for line in (head, ["-" * width for width in widths], *rows):
-        yield "  ".join(
-            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()

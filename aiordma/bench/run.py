@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from importlib import metadata
+from typing import TypeVar
 
 from aiordma.bench import gauge
 from aiordma.bench.orders import Setup
@@ -24,6 +25,7 @@ from aiordma.bench.plan import (
 )
 
 Progress = Callable[[str], None]
+T = TypeVar("T")
 
 
 async def measure(plan: Plan, progress: Progress) -> Findings:
@@ -45,7 +47,8 @@ async def measure(plan: Plan, progress: Progress) -> Findings:
             progress(f"{nbytes:,} bytes, {lanes} lane(s): {plan.rounds} rounds")
             transfers += await _measure_transfers(plan, nbytes, contenders)
     progress(f"messages of {MESSAGE_BYTES} bytes: {plan.rounds} rounds")
-    return Findings(plan, _host(plan), transfers, await _measure_messages(plan), left_out)
+    host = describe_host(*(loop for loop in plan.loops if loop != "asyncio"))
+    return Findings(plan, host, transfers, await _measure_messages(plan), left_out)
 
 
 async def _open(
@@ -57,7 +60,7 @@ async def _open(
     return {contender: pairs[contender.setup(plan, nbytes)] for contender in contenders}
 
 
-def _in_turn(contenders: Sequence[Contender], number: int) -> Sequence[Contender]:
+def in_turn(contenders: Sequence[T], number: int) -> Sequence[T]:
     """Nobody always comes first, or always after the same one."""
     start = number % len(contenders)
     turned = (*contenders[start:], *contenders[:start])
@@ -71,7 +74,7 @@ async def _measure_transfers(
     async with AsyncExitStack() as stack:
         pairs = await _open(plan, contenders, nbytes, stack)
         for number in range(1 + plan.rounds):
-            for contender in _in_turn(contenders, number):
+            for contender in in_turn(contenders, number):
                 connections = contender.width if contender.kind == "raw" else 1
                 samples[contender].append(
                     [
@@ -126,7 +129,7 @@ async def _measure_messages(plan: Plan) -> list[MessageRow]:
     async with AsyncExitStack() as stack:
         pairs = await _open(plan, contenders, MESSAGE_BYTES, stack)
         for number in range(1 + plan.rounds):
-            for contender in _in_turn(contenders, number):
+            for contender in in_turn(contenders, number):
                 seconds = sorted(await pairs[contender].round_trips(plan.round_trips))
                 if number:
                     p50s[contender].append(seconds[len(seconds) // 2])
@@ -143,12 +146,12 @@ async def _measure_messages(plan: Plan) -> list[MessageRow]:
     ]
 
 
-def _host(plan: Plan) -> dict[str, str]:
-    libraries = ("aiordma", "numpy", *(loop for loop in plan.loops if loop != "asyncio"))
+def describe_host(*libraries: str) -> dict[str, str]:
+    """The machine, and versions of what was measured."""
     return {
         "cpus": str(os.cpu_count()),
         "kernel": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        **{name: metadata.version(name) for name in libraries},
+        **{name: metadata.version(name) for name in ("aiordma", "numpy", *libraries)},
     }

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ipaddress
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Final
-
-import msgspec
+from typing import Final, NamedTuple
 
 from aiordma import ChannelConfig
 from aiordma.doctor.facts import Facts, Library, Pyverbs
@@ -230,10 +228,11 @@ def check_ports(facts: Facts) -> Iterator[Finding]:
     blame: Level = "note" if usable_ports(facts) else "wrong"
     for port in _ports(facts):
         link = "Ethernet" if port.is_ethernet else f"InfiniBand, LID {port.lid}"
-        yield Finding("ok", port.name, f"{port.state}, {link}, MTU {port.mtu_bytes}")
-        fault = _fault(port)
-        if fault is not None:
-            yield msgspec.structs.replace(fault, level=blame)
+        text, fault = f"{port.state}, {link}, MTU {port.mtu_bytes}", _fault(port)
+        if fault is None:
+            yield Finding("ok", port.name, text)
+        else:
+            yield Finding(blame, port.name, text + fault.text, fault.remedy)
         for gid in port.gids:
             address = gid.ipv4 or ipaddress.IPv6Address(gid.text).compressed
             yield Finding("ok", f"{port.name} GID {gid.number}", f"{gid.kind}, {address}")
@@ -243,13 +242,18 @@ def _ports(facts: Facts) -> Sequence[Port]:
     return [port for device in facts.described for port in device.ports]
 
 
-def _fault(port: Port) -> Finding | None:
+class _Fault(NamedTuple):
+    text: str
+    remedy: str
+
+
+def _fault(port: Port) -> _Fault | None:
     """Why lanes cannot use the port."""
     if port.state != "ACTIVE":
         remedy = "bring its link up (rdma link; ip link set ... up)"
         if not port.is_ethernet:
             remedy = "look at its cable, and whether a subnet manager runs (opensm)"
-        return Finding("wrong", port.name, f"is {port.state}", remedy)
+        return _Fault("", remedy)
     try:
         choose([port])
     except LaneRefused:
@@ -257,7 +261,7 @@ def _fault(port: Port) -> Finding | None:
         remedy = (
             "give its network interface an IP address (ip address add ...), and the port RoCE v2"
         )
-        return Finding("wrong", port.name, f"has no RoCE v2 address ({kinds})", remedy)
+        return _Fault(f", without a RoCE v2 address ({kinds})", remedy)
     return None
 
 

@@ -282,9 +282,8 @@ class _Completions:
         self._is_bulk = False
         self._limits = most_requests, most_chunks
         self._requests = self._chunks = 0  # since the last that asks
-        self._returned = self._spent = (
-            0  # slots, with the last CREDIT and since, until it was judged
-        )
+        # Slots that the last CREDIT gave back, and that were spent since, until it was judged.
+        self._returned = self._spent = 0
         self._asked_id = self._came_id = 0
 
     @property
@@ -313,10 +312,8 @@ class _Completions:
         self._returned = self._spent = 0
 
     def credited(self, slots: int) -> None:
-        self._returned, self._spent = (
-            slots,
-            0,
-        )  # the peer owes one for chunks that go out from now on
+        # The peer owes another one for the chunks that go out from now on.
+        self._returned, self._spent = slots, 0
 
     def posted(self, work_requests: int, *, is_chunk: bool) -> None:
         self._requests += work_requests

@@ -58,20 +58,16 @@ async def lead(own: str, out: Path) -> None:
 
 async def take_part(server: str, name: str, require: Literal["tcp"] | None) -> None:
     """Node 1, one silo: what stands for training is fixed by its name and the round."""
-    async with await _connected(server, require) as channel:
+    async with await _connected(server, require) as channel, fedllm.Silo(channel, name) as silo:
         await channel.send(name)
-        for _ in range(_ROUNDS):
-            task = await channel.recv(fedllm.Task)
-            weights = (await channel.recv_tensors()).arrays
+        async for task in silo.rounds():
             rng = np.random.default_rng([task.round, _SILOS.index(name)])
-            for array in weights.values():
+            for array in task.weights.values():
                 array += rng.normal(0, 0.01, array.shape).astype(array.dtype)
-            await channel.send(fedllm.Ready(task.ticket, 100 + len(name), None, {}))
-            message = await channel.recv()
-            while message["type"] == "Upload":
-                await channel.send_tensors(weights, meta=task.meta(message["attempt"]))
-                message = await channel.recv()
-            assert message["accepted"], message["reason"]
+            report = await task.submit(task.weights, weight=100 + len(name))
+            assert report.accepted, report.reason
+            if task.round == _ROUNDS:
+                break
 
 
 async def _connected(server: str, require: Literal["tcp"] | None) -> aiordma.Channel:

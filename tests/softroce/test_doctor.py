@@ -13,7 +13,7 @@ import pytest
 import aiordma
 from tests.softroce.lanes import CONFIG
 
-pytestmark = [pytest.mark.verbs, pytest.mark.usefixtures("clean_device")]
+pytestmark = [pytest.mark.verbs, pytest.mark.usefixtures("node", "clean_device")]
 
 
 async def doctor(*arguments: str, **environment: str) -> tuple[int | None, str]:

@@ -48,6 +48,7 @@ __all__ = [
     "Context",
     "GlobalRoute",
     "MWBindInfo",
+    "PyverbsError",
     "PyverbsRDMAError",
     "QPAttr",
     "QPCap",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from aiordma.errors import RegistrationError
 from aiordma.lanes.choice import DeviceFacts, Gid, Port
 from aiordma.lanes.completion import Completion, CompletionPump
 from aiordma.lanes.needs import COMPLETIONS
@@ -104,14 +105,16 @@ class Device:
             api.fork_init()
             self.context = api.Context(name=name)
             undo.callback(self.context.close)
-            self.has_windows = _has_windows(self.context.query_device())
+            attributes = self.context.query_device()
+            self.has_windows = _has_windows(attributes)
+            self.max_region_bytes: int = attributes.max_mr_size
             self.pd = api.PD(self.context)
             undo.callback(self.pd.close)
             self.pump = CompletionPump(
                 lambda entries: _Queue(self.context, entries), queue_entries=COMPLETIONS
             )
             self.registry = Registry(
-                lambda at, size: api.pin(self.pd, at, size, 0), registered_bytes
+                lambda at, size: self.pin(self.pd, at, size, 0), registered_bytes
             )
             undo.pop_all()
 
@@ -124,6 +127,15 @@ class Device:
         opened[name]._users += 1
         return opened[name]
 
+    def pin(self, pd: Any, address: int, nbytes: int, access: int) -> Any:
+        """Register memory. Raises `RegistrationError`."""
+        if nbytes > self.max_region_bytes:
+            raise RegistrationError(
+                f"{nbytes} bytes are more than {self.name} registers at once ({self.max_region_bytes}): use smaller "
+                "slots, or send the tensor unregistered, through the ring"
+            )
+        return api.pin(pd, address, nbytes, access)
+
     async def release(self) -> None:
         """The last user closes it, and with it goes what is registered."""
         self._users -= 1
@@ -132,8 +144,13 @@ class Device:
         del _open[asyncio.get_running_loop()][self.name]
         self.registry.clear()
         await self.pump.aclose()
-        self.pd.close()
-        self.context.close()
+        try:
+            self.pd.close()
+            self.context.close()
+        except api.PyverbsError as exc:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"{self.name} could not be closed", "exception": exc}
+            )
 
 
 class _Queue:
