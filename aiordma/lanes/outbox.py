@@ -123,11 +123,6 @@ class Outbox:
         """Whether a completion is due."""
         return self._completions.is_due
 
-    @property
-    def wants_batch(self) -> bool:
-        """Whether `batch` has something to send."""
-        return bool(self._special or self._waiting or self._may_credit or self._is_lacking)
-
     def add(self, header: ChunkHeader, parts: Sequence[memoryview]) -> int:
         """Take a chunk for the next batch: by reference if all of it is registered, else copied.
 

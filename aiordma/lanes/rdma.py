@@ -227,7 +227,6 @@ class RdmaLane:
             return
         early, self._early = self._early, []
         self.completed(early)
-        self._schedule()
 
     # Sending
 
@@ -264,7 +263,8 @@ class RdmaLane:
         return self._outbox.is_busy
 
     def completed(self, batch: Sequence[Completion]) -> None:
-        """Work of ours is done, or frames of the peer's have come."""
+        """Work of ours is done, or frames of the peer's have come: one doorbell for all that follows from it."""
+        is_scheduled, self._is_scheduled = self._is_scheduled, True
         for completion in batch:
             try:
                 if completion.wr_id:
@@ -277,8 +277,8 @@ class RdmaLane:
                 self._lose(exc)
             except OSError as exc:
                 self._lose(self._broken(f"the device refuses work ({exc})", exc))
-        if self._outbox.wants_batch:
-            self._schedule()
+        self._is_scheduled = is_scheduled
+        self._flush()
 
     def lost(self, exc: Exception) -> None:
         """The completion queue is gone."""
@@ -317,7 +317,6 @@ class RdmaLane:
             slots = self._frame(index, CreditHeader).slots
             self._outbox.credited(slots.bit_count())
             self._handler.credited(slots)
-            self._schedule()
         elif kind == Kind.END:
             self._lose(None)
         else:
