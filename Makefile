@@ -19,10 +19,10 @@ ready  := $(VENV)/.ready-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rdma lint bench clean
+.PHONY: help demo test test-rdma test-rdma-source lint bench clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 # `exec`: no shell stands between the terminal and the program, so that a signal reaches it.
 demo: $(ready)  ## a server and three silos train one model on this machine (MODE=lora|full, ARGS=...)
@@ -34,6 +34,9 @@ test: $(ready)  ## the test suite (ARGS='-k name')
 test-rdma: $(ready)  ## the verbs tests, in a virtual machine with a soft-RoCE device (asks; YES=1 does not)
 	@exec $(python) -m tests.softroce test $(if $(filter 1,$(YES)),--yes)
 	@exec $(python) -m pytest --softroce -m softroce tests/softroce
+
+test-rdma-source: $(ready)  ## the same with the newest pyverbs, built from source (four minutes, once)
+	@exec $(python) -m tests.softroce test --source $(if $(filter 1,$(YES)),--yes)
 
 lint: $(ready)  ## ruff and mypy
 	$(python) -m ruff check .

@@ -393,6 +393,7 @@ class Link:
                         await self._control.wait_ended()
         finally:
             self._control.abort()
-            for port in self.ports:
-                await port.lane.aclose()
-            self.loans.end()
+            try:
+                await asyncio.gather(*(port.lane.aclose() for port in self.ports))
+            finally:
+                self.loans.end()

@@ -116,15 +116,18 @@ class RdmaPath:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*probes)
         except TimeoutError:
-            found = next(lane.probe.verdict() for lane in self.lanes if not lane.probe.is_well)
-            return f"{found} (within probe_s={timeout_s:g})"
+            return f"{self._verdict()} (within probe_s={timeout_s:g})"
         except AiordmaError as exc:
-            return str(exc)
+            return f"{self._verdict()} ({exc})"
         finally:
             for probe in probes:
                 probe.cancel()
             await asyncio.gather(*probes, return_exceptions=True)
         return ""
+
+    def _verdict(self) -> str:
+        found = (lane.probe.verdict() for lane in self.lanes if not lane.probe.is_well)
+        return next(found, "a queue pair failed")
 
     async def aclose(self) -> None:
         """Destroy the queue pairs."""

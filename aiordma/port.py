@@ -67,7 +67,7 @@ class Port:
         self._owner = owner
         self._landings: dict[int, _Landing] = {}
         self._stages: list[memoryview] = []
-        self._staged: dict[int, memoryview] = {}
+        self._staged: dict[tuple[int, int], memoryview] = {}
         self._released = 0
         self._released_count = 0
         self._sent = (0, 0)
@@ -82,6 +82,7 @@ class Port:
         if not 0 < len(parts) <= _MAX_PARTS:
             parts = self._stage(plan, outgoing)
         check = frames.payload_check(parts) if checksum else None
+        self._sent = (self._sent[0] + 1, self._sent[1] + plan.length)
         self.lane.post(
             ChunkHeader(plan.slot, plan.length, plan.transfer, plan.offset, check), parts
         )
@@ -92,13 +93,13 @@ class Port:
             stage = memoryview(bytearray(plan.length))
         outgoing.stage(plan.offset, plan.length, stage)
         self._owner.copied(plan.length)
-        self._staged[plan.slot] = stage
+        self._staged[plan.transfer, plan.offset] = stage
         return [stage[: plan.length]]
 
     def sent(self, header: ChunkHeader) -> None:
         """The chunk is out of the lane's hands."""
-        self._sent = (self._sent[0] + 1, self._sent[1] + header.length)
-        stage = self._staged.pop(header.slot, None)
+        # By no means by its slot: the peer may have given that back, and another chunk may be in it.
+        stage = self._staged.pop((header.transfer, header.offset), None)
         if stage is not None:
             self._stages.append(stage)
         self._owner.sent(header.transfer)

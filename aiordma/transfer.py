@@ -104,7 +104,7 @@ class Reception:
         self._destination: Destination | None = None
         self._placed_bytes = 0
         self._aside_bytes = 0
-        self._lent = 0
+        self._lent: set[Chunk] = set()
         self._error: AiordmaError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -127,7 +127,7 @@ class Reception:
         """The error of a transfer that does not move."""
         return TransferTimeout(
             f"transfer {self.incoming.id} made no progress for {idle_s:g} s: no chunk came, and "
-            f"{self._lent} that came were not released; see what the peer waits for, or raise "
+            f"{len(self._lent)} that came were not released; see what the peer waits for, or raise "
             "idle_timeout_s"
         )
 
@@ -205,8 +205,9 @@ class Reception:
             if self.incoming.is_complete:
                 return None
             await self._wait()
-        self._lent += 1
-        return self.held.popleft().lend(self.incoming.manifest, self._returned)
+        chunk = self.held.popleft()
+        self._lent.add(chunk)
+        return chunk.lend(self.incoming.manifest, lambda: self._returned(chunk))
 
     def end_chunks(self) -> None:
         """The consumer of chunks asks for no more: DONE once it released all, or ABORT if some are missing."""
@@ -214,6 +215,9 @@ class Reception:
             return
         if self.held or not self.incoming.is_complete:
             self.give_up(None, "the receiver stopped before the last chunk")
+            # Nobody may be left who would: the slots are for all transfers.
+            for chunk in list(self._lent):
+                chunk.release()
         else:
             self._finish()
 
@@ -251,8 +255,8 @@ class Reception:
         self._placed_bytes += chunk.nbytes
         chunk.release()
 
-    def _returned(self) -> None:
-        self._lent -= 1
+    def _returned(self, chunk: Chunk) -> None:
+        self._lent.discard(chunk)
         self.moved_at = asyncio.get_running_loop().time()
         if self.stage is Stage.DONE and not self._lent and self._error is None:
             self._owner.done(self)
@@ -326,7 +330,8 @@ class Transfer:
         """Receive chunk by chunk, in any order, straight from the receive slots.
 
         Release each chunk before asking for many more: the slots are few, and a released one is the
-        sender's credit. Leaving the loop early, or cancelling it, aborts the transfer.
+        sender's credit; best by ``with chunk:``. Leaving the loop early, or cancelling it, aborts the transfer
+        and releases the chunks that are left, so that what was taken from them must not be read any more.
         """
         self.reception.begin(None)
         try:

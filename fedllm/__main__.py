@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,8 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aiordma import AiordmaError
+from fedllm.config import RunConfig
+from fedllm.demo import arguments
 from fedllm.demo.events import Report, Said, json_lines
 from fedllm.demo.leash import hold_leash
+from fedllm.demo.preflight import check_base, check_host
 from fedllm.demo.text import BUILTIN
 from fedllm.errors import FedError, SettingError
 
@@ -37,15 +39,18 @@ examples:
 
 SERVE = """\
 Average what silos train, round by round. Writes OUT/federated (an adapter that
-PeftModel.from_pretrained(base, OUT/federated) loads, or with --mode full a whole model) and
-OUT/metrics.jsonl, one line a round.
+PeftModel.from_pretrained(base, OUT/federated) loads, or with --mode full a whole model), also
+when the run ends early, by Ctrl-C or for want of silos, after a round or more. As each round ends
+it adds a line to OUT/metrics.jsonl, and writes OUT/checkpoint.json, which names the file of the
+weights: should the server be killed, that round is not lost.
 
 Silos must hold the same base model, tokenizer and adapter settings: a fingerprint of each is
 compared when they join, and one that differs is refused by name."""
 
 SERVE_EXAMPLES = """\
 examples:
-  three silos at least, ten rounds; a round goes on without whoever takes over ten minutes:
+  ten rounds; each goes on without whoever trains, or uploads, for over ten minutes, as long as
+  three silos are left; with fewer the run ends:
       python -m fedllm serve --base ./base --rounds 10 --min-silos 3 --deadline 600
   all weights instead of an adapter, with a learning rate of your own:
       python -m fedllm serve --base ./base --rounds 5 --mode full --lr 2e-5"""
@@ -81,13 +86,17 @@ examples:
 
 
 EXTRA = ("torch", "transformers", "peft", "safetensors", "tokenizers", "rich")
+STAGES = ("prepare", "alone", "judge")
+RESERVED = frozenset({"server", "prepare", "judge", "base", "federated", "union"})
+"""What the demo calls other things than silos."""
 MENDABLE = (AiordmaError, FedError, OSError)
 Options = TypeVar("Options")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. What a user can mend is one line, and code 1."""
-    namespace = _parser().parse_args(arguments)
+    given = sys.argv[1:] if words is None else words
+    namespace = _parser(with_stages=given[:1] and given[0] in STAGES).parse_args(given)
     if namespace.leash:
         hold_leash()
     try:
@@ -109,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, with_stages: object = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fedllm",
         description=DESCRIPTION,
@@ -120,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_join(commands)
     _add_demo(commands)
-    _add_stages(commands)
+    if with_stages:  # else argparse lists them where it complains
+        _add_stages(commands)
     return parser
 
 
@@ -130,13 +140,18 @@ def _add_serve(commands: Any) -> None:
     _base_arguments(parser)
     _run_arguments(parser)
     add = parser.add_argument
-    add("--min-silos", type=_whole, default=2, help="fewest silos a round needs (default 2)")
+    add("--min-silos", type=arguments.whole, default=2, help="silos a round needs (default 2)")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    add("--port", type=int, default=4791, help="0 takes a free one (default 4791)")
+    add("--port", type=arguments.port, default=4791, help="0 takes a free one (default 4791)")
     add("--insecure", action="store_true", help="allow another address than this machine's own")
-    add("--deadline", type=float, metavar="SECONDS", help="most for a phase of a round")
+    add(
+        "--deadline",
+        type=arguments.seconds,
+        metavar="SECONDS",
+        help="most that a round's training may take, and most for its upload (default: no end)",
+    )
     add("--out", type=Path, default=Path("result"), help="folder to write (default: ./result)")
-    add("--lr", type=float, help="learning rate (default: 1e-3 for lora, 5e-5 for full)")
+    add("--lr", type=arguments.rate, help="learning rate (default: 1e-3 for lora, 5e-5 for full)")
 
 
 def _add_join(commands: Any) -> None:
@@ -144,11 +159,17 @@ def _add_join(commands: Any) -> None:
     parser.set_defaults(run=_join)
     _base_arguments(parser)
     add = parser.add_argument
-    add("--server", type=_address, required=True, metavar="HOST:PORT", help="where `serve` listens")
-    add("--name", type=_name, required=True, help="this silo's name; each silo has its own")
+    add(
+        "--server",
+        type=arguments.address,
+        required=True,
+        metavar="HOST:PORT",
+        help="where `serve` listens",
+    )
+    add("--name", type=arguments.name, required=True, help="this silo's own name in the run")
     add("--text", required=True, help=f"a file, a folder, or one of {', '.join(BUILTIN)}")
     add("--out", type=Path, help="folder for the run's final model (default: not written here)")
-    add("--threads", type=_whole, default=1, help="threads to train with (default 1)")
+    add("--threads", type=arguments.whole, default=1, help="threads to train with (default 1)")
 
 
 def _add_demo(commands: Any) -> None:
@@ -161,40 +182,49 @@ def _add_demo(commands: Any) -> None:
     add("--model", metavar="PATH_OR_NAME", help="a base to load instead of making one")
     add(
         "--silos",
-        type=_pair,
+        type=arguments.pair,
         nargs="+",
         metavar="NAME[=TEXT]",
         default=[(name, name) for name in BUILTIN],
         help=f"TEXT as in `join`; NAME alone is a built-in text (default: {' '.join(BUILTIN)})",
     )
-    add("--lr", type=float, help="default: 1e-2 (lora) or 1e-3 (full); with --model 1e-3, 5e-5")
-    add("--eval-tokens", type=_whole, default=24_576, help="most held-out tokens judged a silo")
+    add(
+        "--lr",
+        type=arguments.rate,
+        help="default: 1e-2 (lora) or 1e-3 (full); with --model 1e-3, 5e-5",
+    )
+    add(
+        "--eval-tokens",
+        type=arguments.whole,
+        default=24_576,
+        help="most held-out tokens judged a silo",
+    )
     _size_arguments(parser)
 
 
 def _add_stages(commands: Any) -> None:
-    """The demo's own steps: commands without a line in the help, since only the demo calls them."""
+    """The demo's own steps, `STAGES`: commands that no help mentions, since only the demo calls them."""
     prepare = commands.add_parser("prepare")
     prepare.set_defaults(run=_prepare)
     prepare.add_argument("--out", type=Path, required=True)
     prepare.add_argument("--model")
-    prepare.add_argument("--silos", type=_pair, nargs="+", required=True)
+    prepare.add_argument("--silos", type=arguments.pair, nargs="+", required=True)
     _size_arguments(prepare)
-    prepare.add_argument("--seed", type=int, required=True)
+    prepare.add_argument("--seed", type=arguments.seed, required=True)
     alone = commands.add_parser("alone")
     alone.set_defaults(run=_alone)
     _base_arguments(alone)
     _run_arguments(alone)
-    alone.add_argument("--lr", type=float, required=True)
-    alone.add_argument("--name", type=_name, required=True)
+    alone.add_argument("--lr", type=arguments.rate, required=True)
+    alone.add_argument("--name", type=arguments.name, required=True)
     alone.add_argument("--text", required=True)
     alone.add_argument("--out", type=Path, required=True)
     judge = commands.add_parser("judge")
     judge.set_defaults(run=_judge)
     _base_arguments(judge)
-    judge.add_argument("--models", type=_pair, nargs="+", required=True)
-    judge.add_argument("--texts", type=_pair, nargs="+", required=True)
-    judge.add_argument("--eval-tokens", type=_whole, required=True)
+    judge.add_argument("--models", type=arguments.pair, nargs="+", required=True)
+    judge.add_argument("--texts", type=arguments.pair, nargs="+", required=True)
+    judge.add_argument("--eval-tokens", type=arguments.whole, required=True)
     for parser in (prepare, alone, judge):
         _program_arguments(parser)
 
@@ -207,7 +237,7 @@ def _command(commands: Any, name: str, text: str, examples: str, *, help: str) -
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _program_arguments(parser)
+    _program_arguments(parser, reports=name != "demo")
     return parser
 
 
@@ -232,26 +262,38 @@ def _mode_argument(parser: Any) -> None:
 
 def _run_arguments(parser: Any) -> None:
     add = parser.add_argument
-    add("--rounds", type=_whole, default=5, help="rounds of training and averaging (default 5)")
-    add("--steps", type=_whole, default=20, help="training steps a round (default 20)")
-    add("--batch", type=_whole, default=8, help="windows of 128 tokens a step (default 8)")
-    add("--seed", type=int, default=0, help="of everything random (default 0)")
+    add(
+        "--rounds",
+        type=arguments.whole,
+        default=5,
+        help="rounds of training and averaging (default 5)",
+    )
+    add("--steps", type=arguments.steps, default=20, help="training steps a round (default 20)")
+    add("--batch", type=arguments.batch, default=8, help="windows of 128 tokens a step (default 8)")
+    add("--seed", type=arguments.seed, default=0, help="of everything random (default 0)")
 
 
 def _size_arguments(parser: Any) -> None:
     made = parser.add_argument_group("the base model that is made when none is given")
-    made.add_argument("--pretrain-steps", type=_whole, default=300, help="default 300")
-    made.add_argument("--width", type=_whole, default=128, help="default 128; a multiple of 4")
-    made.add_argument("--layers", type=_whole, default=4, help="default 4")
+    made.add_argument("--pretrain-steps", type=arguments.whole, default=300, help="default 300")
+    made.add_argument(
+        "--width", type=arguments.width, default=128, help="default 128; a multiple of 4"
+    )
+    made.add_argument("--layers", type=arguments.whole, default=4, help="default 4")
 
 
-def _program_arguments(parser: Any) -> None:
+def _program_arguments(parser: Any, *, reports: bool = True) -> None:
     programs = parser.add_argument_group("for programs that start this one")
-    programs.add_argument("--json", action="store_true", help="report as lines of JSON")
+    if reports:
+        programs.add_argument("--json", action="store_true", help="report as lines of JSON")
     programs.add_argument("--leash", action="store_true", help="end when standard input closes")
 
 
 def _serve(namespace: argparse.Namespace) -> int:
+    check_base(namespace.base)
+    RunConfig(min_silos=namespace.min_silos, rounds=namespace.rounds)
+    if not namespace.insecure:
+        check_host(namespace.host)
     with _reporting(namespace, "server") as report:
         from fedllm.demo.conduct import RATES_GIVEN
         from fedllm.demo.serving import ServeOptions, serve
@@ -262,6 +304,7 @@ def _serve(namespace: argparse.Namespace) -> int:
 
 
 def _join(namespace: argparse.Namespace) -> int:
+    check_base(namespace.base)
     with _reporting(namespace, namespace.name) as report:
         from fedllm.demo.joining import JoinOptions, take_part
 
@@ -278,6 +321,13 @@ def _demo(namespace: argparse.Namespace) -> int:
     silos = dict(namespace.silos)
     if not 2 <= len(silos) == len(namespace.silos):
         raise SettingError("a federation takes two silos or more, each with a name of its own")
+    for name in silos:
+        if name in RESERVED or name.endswith("-alone") or name.strip(".") == "":
+            raise SettingError(
+                f"a silo of the demo cannot be called {name!r}: give it another name"
+            )
+    if namespace.model is not None:
+        check_base(namespace.model)
     options = _options(DemoOptions, namespace, out=out, silos=silos)
     # Children may look a model up by name; nothing else of the demo needs a network.
     is_local = namespace.model is None or Path(namespace.model).exists()
@@ -341,31 +391,6 @@ def _leaves(group: ExceptionGroup[Exception] | None) -> Iterator[Exception]:
             yield from _leaves(error)
         else:
             yield error
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return number
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, '-', '_' and '.' only")
-    return text
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    return _name(name), value if equals else name
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host.strip("[]"), int(port)
 
 
 if __name__ == "__main__":

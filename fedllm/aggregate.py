@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -94,8 +95,8 @@ class Aggregation(Protocol):
 class Staged:
     """The weighted mean; each update waits in memory of its own until `commit`.
 
-    Holds one set of weights a contribution. Not thread-safe, but different contributions may `add` in
-    different threads at once.
+    Holds one set of weights a contribution. Not thread-safe, but contributions may `add` in threads of their
+    own, also while another one aborts them.
     """
 
     def __init__(self, like: Arrays) -> None:
@@ -158,6 +159,7 @@ class StagedContribution:
         self.weight = weight
         self.stage = Stage.OPEN
         self._buffers = buffers
+        self._moving = threading.Lock()
 
     @property
     def buffers(self) -> Mapping[str, NDArray[Any]]:
@@ -186,10 +188,14 @@ class StagedContribution:
         return buffers
 
     def _move(self, verb: str) -> None:
-        stage = _MOVES.get((self.stage, verb))
-        if stage is None:
-            raise FedError(f"this contribution is {self.stage.value}: it is too late to {verb} it")
-        self.stage = stage
+        # `add` may run in a thread whose waiter was cancelled, and who aborts then: one comes first.
+        with self._moving:
+            stage = _MOVES.get((self.stage, verb))
+            if stage is None:
+                raise FedError(
+                    f"this contribution is {self.stage.value}: it is too late to {verb} it"
+                )
+            self.stage = stage
 
 
 def check_weight(weight: float) -> None:

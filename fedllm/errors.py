@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+MAX_LISTED = 5
+"""Silos that an error lists."""
+
+
 class FedError(Exception):
     """The root of all errors of this library."""
 
@@ -63,9 +67,20 @@ class QuorumNotReached(RoundError):
     """Fewer silos than `min_silos` got through a round, or are there at all."""
 
     def __init__(self, reason: str, outcomes: Mapping[str, Any] | None = None) -> None:
-        """`outcomes` are what became of each silo, by name: `fedllm.rounds.Outcome`s."""
-        super().__init__(reason)
+        """`outcomes` are what became of each silo, by name: `fedllm.Outcome`s.
+
+        The text is the reason and what went wrong with which silo; `reason` alone names no silo, so that it can
+        be told to all of them.
+        """
+        self.reason = reason
         self.outcomes: Mapping[str, Any] = dict(outcomes or {})
+        causes = [
+            f"{name} is {outcome.status}: {outcome.reason}"
+            for name, outcome in self.outcomes.items()
+            if outcome.reason != reason and not outcome.reason.endswith(f": {reason}")
+        ]
+        more = f"; and {len(causes) - MAX_LISTED} more" if len(causes) > MAX_LISTED else ""
+        super().__init__("; ".join([reason, *causes[:MAX_LISTED]]) + more)
 
 
 class JoinRefused(FedError):

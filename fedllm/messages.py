@@ -8,7 +8,7 @@
            ◀───────────────────── Task     and the global weights
       Ready ────────────────────▶          or Decline: exactly one of them for each Task
            ◀───────────────────── Upload   again, with a higher attempt, if the upload failed
-      the update ═══════════════▶
+      the update ═══════════════▶          or Decline: it was given up after Ready
            ◀───────────────────── Commit   exactly one for each Task, at any time after it
            ◀───────────────────── Goodbye  and, if `has_weights`, the final weights
 
@@ -18,11 +18,14 @@ anew), tickets do not. What bears another ticket than the present one is stale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[\w.:@-]+$")]
+from fedllm.errors import SettingError
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[\w.:@-]+\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Fingerprint = Annotated[
     dict[Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=256)]],
@@ -111,6 +114,18 @@ ServerMessage: TypeAlias = Task | Upload | Commit | Goodbye
 FROM_SERVER: Any = ServerMessage
 FROM_SILO: Any = Ready | Decline
 JOIN_ANSWER: Any = Welcome | Refused
+
+
+def check_arguments(arguments: Mapping[str, object]) -> dict[str, Any]:
+    """A Task's arguments. Raises `SettingError` unless they arrive as a silo must find them."""
+    checked = dict(arguments)
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(Task(1, 0, checked)), type=Task)
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise SettingError(
+            f"no silo can be told these arguments: {exc}; give names and plain values, which msgspec encodes"
+        ) from exc
+    return checked
 
 
 def is_for(meta: object, ticket: int, attempt: int = 0) -> bool:

@@ -72,8 +72,13 @@ class Outcome:
     """Of the update."""
     seconds: float = 0.0
     """From the request for the update to its last byte."""
-    is_busy: bool = False
-    """Whether the silo has yet to answer this round's task, so that it would be late for the next as well."""
+    unanswered: int | None = None
+    """The ticket of this round's task, if the silo has yet to say Ready or Decline to it."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has yet to answer this round's task, so that it would be late for the next as well."""
+        return self.unanswered is not None
 
 
 class Participation(Protocol):
@@ -108,7 +113,7 @@ class _Record:
     bytes: int = 0
     seconds: float = 0.0
 
-    def outcome(self, status: Status, error: Exception | None, *, is_busy: bool) -> Outcome:
+    def outcome(self, status: Status, error: Exception | None, unanswered: int | None) -> Outcome:
         """What it amounts to, now that the exchange is over."""
         report = self.report
         return Outcome(
@@ -122,7 +127,7 @@ class _Record:
             sent_seconds=self.sent_seconds,
             bytes=self.bytes,
             seconds=self.seconds,
-            is_busy=is_busy,
+            unanswered=unanswered,
         )
 
 
@@ -153,13 +158,13 @@ async def exchange(channel: Channel, outgoing: Outgoing, contribution: Participa
         status, error = Status.ABANDONED, exc
     except AiordmaError as exc:
         status, error = Status.FAILED, exc
-    is_busy = record.report is None and not isinstance(error, UpdateError | MessageError)
     if isinstance(error, ChannelError):
-        return record.outcome(status, error, is_busy=False)
+        return record.outcome(status, error, None)
+    is_answered = record.report is not None or isinstance(error, UpdateError | MessageError)
     unheard = await tell(channel, Commit(task.ticket, error is None, str(error or "")))
     if unheard is not None and error is None:
         record.doing, error = "sending the commit", unheard
-    return record.outcome(status, error, is_busy=is_busy)
+    return record.outcome(status, error, None if is_answered else task.ticket)
 
 
 async def _hand_out(channel: Channel, outgoing: Outgoing, task: Task, record: _Record) -> None:
@@ -212,19 +217,33 @@ async def _receive_update(channel: Channel, task: Task, buffers: Arrays) -> int:
 
 
 async def _next_update(channel: Channel, task: Task, attempt: int) -> Transfer:
+    """The transfer that was asked for. Raises `UpdateError` if the silo declines instead."""
+    update = asyncio.create_task(_find_update(channel, task, attempt))
+    answer = asyncio.create_task(_receive_report(channel, task))
+    both = (update, answer)
     try:
-        async with (
-            asyncio.timeout(UPLOAD_START_TIMEOUT_S),
-            contextlib.aclosing(channel.incoming()) as transfers,
-        ):
-            async for transfer in transfers:
-                if is_for(transfer.meta, task.ticket, attempt):
-                    return transfer
-                await turn_away(transfer, "it is for another round, or another attempt")
-    except TimeoutError as exc:
-        raise TransferTimeout(
-            f"the silo was asked for its update and began none within {UPLOAD_START_TIMEOUT_S:g} s"
-        ) from exc
+        await asyncio.wait(both, timeout=UPLOAD_START_TIMEOUT_S, return_when="FIRST_COMPLETED")
+    finally:
+        is_there, is_answered = update.done(), answer.done()
+        for waiting in both:
+            waiting.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
+    if is_there:
+        return update.result()
+    if is_answered:
+        answer.result()
+        raise UpdateError("the silo said READY twice")
+    raise TransferTimeout(
+        f"the silo was asked for its update and began none within {UPLOAD_START_TIMEOUT_S:g} s"
+    )
+
+
+async def _find_update(channel: Channel, task: Task, attempt: int) -> Transfer:
+    async with contextlib.aclosing(channel.incoming()) as transfers:
+        async for transfer in transfers:
+            if is_for(transfer.meta, task.ticket, attempt):
+                return transfer
+            await turn_away(transfer, "it is for another round, or another attempt")
     raise ChannelClosed("the silo closed the channel before its upload")
 
 

@@ -20,7 +20,7 @@ from aiordma import Channel, prepare
 from fedllm.aggregate import Aggregation, Arrays, Contribution
 from fedllm.config import check_seconds
 from fedllm.errors import QuorumNotReached, RoundAbandoned, SettingError
-from fedllm.messages import Commit, Ready, Task
+from fedllm.messages import Commit, Ready, Task, check_arguments
 from fedllm.participation import Outcome, Status, exchange, tell, without_traceback
 from fedllm.strategy import Strategy
 
@@ -57,14 +57,15 @@ async def run_round(
     depend on the order in which anything arrives.
 
     Raises `QuorumNotReached`, with the outcomes, as soon as fewer than `min_silos` can be committed; all silos
-    are told. Raises `WeightsError` or `aiordma.TensorError` for weights that cannot be averaged or sent.
+    are told. Raises `WeightsError` or `aiordma.TensorError` for weights that cannot be averaged or sent, and
+    `SettingError` for other arguments that cannot work.
     Cancelled, it leaves each channel usable or closed and no task; the silos learn of it by their next task.
     """
     if min_silos < 1:
         raise SettingError(f"min_silos must be at least 1, not {min_silos}")
     if deadline_s is not None:
         check_seconds("deadline_s", deadline_s)
-    task = Task(round, secrets.randbits(63), dict(arguments or {}))
+    task = Task(round, secrets.randbits(63), check_arguments(arguments or {}))
     return await _Round(channels, weights, task, strategy, min_silos).run(deadline_s)
 
 
@@ -194,9 +195,8 @@ class _Round:
         # Before the fold: a cancelled exchange takes its contribution out.
         await _cancel([self._exchanges[name] for name in slow])
         for name in slow:
-            told = self._dismiss(
-                name, Outcome(status=status, reason=reason, is_busy=at is _At.TRAINING)
-            )
+            unanswered = self.task.ticket if at is _At.TRAINING else None
+            told = self._dismiss(name, Outcome(status=status, reason=reason, unanswered=unanswered))
             self._exchanges[name] = asyncio.get_running_loop().create_task(told)
             self._places[name].at = _At.OUT
 

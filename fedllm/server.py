@@ -26,7 +26,7 @@ from aiordma import (
 from fedllm.aggregate import Arrays
 from fedllm.config import RunConfig
 from fedllm.errors import FedError, QuorumNotReached
-from fedllm.messages import FROM_SILO, Goodbye, Join, Refused, Task, Welcome
+from fedllm.messages import FROM_SILO, Goodbye, Join, Refused, Task, Welcome, check_arguments
 from fedllm.participation import Outcome
 from fedllm.rounds import RoundResult, run_round
 from fedllm.strategy import FedAvg, Strategy
@@ -54,7 +54,9 @@ class History:
     """What a run has come to."""
 
     weights: Mapping[str, NDArray[Any]]
+    """Those of the last of the rounds, or the first global weights."""
     rounds: tuple[RoundRecord, ...]
+    """Those that succeeded."""
 
 
 @dataclass(eq=False)
@@ -63,6 +65,8 @@ class _Member:
     channel: Channel
     is_busy: bool = False
     """Whether it has yet to answer an earlier task: it would be late for the next as well."""
+    unanswered: int | None = None
+    """That task's ticket."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -105,7 +109,8 @@ class Server:
         `on_silo` with a silo's name, or the address of one that has none, and what became of it: "joined",
         "refused: ...", "caught up" (it was late), "gone: ...". What they raise ends the run, or that silo's membership.
 
-        Raises `SettingError`; `WeightsError` for weights that cannot be averaged.
+        Raises `SettingError`; `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such
+        that cannot be sent.
         """
         self._plan = RunConfig(
             min_silos=min_silos,
@@ -117,13 +122,16 @@ class Server:
         )
         self._weights: Arrays = dict(weights)
         self._strategy: Strategy = FedAvg() if strategy is None else strategy
-        self._strategy.aggregation(self._weights)  # raises what a round would raise
+        # Both raise what a round would raise.
+        self._strategy.aggregation(self._weights)
+        prepare(self._weights)
         self._fingerprint = dict(fingerprint)
-        self._arguments = dict(arguments or {})
+        self._arguments = check_arguments(arguments or {})
         self._on_round = on_round
         self._on_silo = on_silo
         self._config = config
         self._name = secrets.token_hex(8)
+        self._records: list[RoundRecord] = []
         self._round = 1
         self._members: dict[str, _Member] = {}
         self._changed = asyncio.Event()
@@ -135,6 +143,11 @@ class Server:
         if self._serving is None:
             raise FedError("the server does not listen: start() comes first")
         return self._serving.address
+
+    @property
+    def history(self) -> History:
+        """What the run has come to so far; also after it failed, or was cancelled."""
+        return History(weights=self._weights, rounds=tuple(self._records))
 
     @property
     def silos(self) -> tuple[str, ...]:
@@ -159,28 +172,28 @@ class Server:
 
         A round that lost its quorum because silos died is tried again, with the same weights, once the quorum
         is there again. Raises `QuorumNotReached` when it was lost otherwise, or when the silos stay away for
-        `absence_timeout_s`; the silos are told. Cancelled, it closes the channels and leaves nothing behind.
+        `absence_timeout_s`; the silos are told. Cancelled, it closes the channels and leaves nothing behind. What
+        the run had come to is `history`; run again, it goes on from there.
         """
         try:
             if self._serving is None:
                 await self.start(host, port, insecure=insecure)
-            records = []
             try:
                 await self._gather(self._plan.expect or self._plan.min_silos)
                 while self._round <= self._plan.rounds:
                     result = await self._succeed()
                     self._weights = result.weights
                     self._round += 1
-                    records.append(_record(result))
+                    self._records.append(_record(result))
                     if self._on_round is not None:
                         answer = self._on_round(result)
                         if inspect.isawaitable(answer):
                             await answer
             except QuorumNotReached as exc:
-                await self._say_goodbye(str(exc))
+                await self._say_goodbye(exc.reason)
                 raise
             await self._say_goodbye("")
-            return History(weights=self._weights, rounds=tuple(records))
+            return self.history
         finally:
             await self.aclose()
 
@@ -230,7 +243,7 @@ class Server:
             if isinstance(outcomes[name].error, ChannelError):
                 self._drop(member, outcomes[name].reason)
             elif outcomes[name].is_busy:
-                member.is_busy = True
+                member.is_busy, member.unanswered = True, outcomes[name].unanswered
                 member.news.set()
 
     async def _gather(self, count: int) -> dict[str, _Member]:
@@ -287,8 +300,10 @@ class Server:
                 await member.news.wait()
                 member.news.clear()
                 if member.is_busy:
-                    # Each task is answered exactly once, and this answer is the one that was late.
-                    await channel.recv(FROM_SILO)
+                    # Its answer to this task was late. One to an earlier task may come before: a Decline
+                    # of an upload that was not waited for any more.
+                    while (await channel.recv(FROM_SILO)).ticket != member.unanswered:
+                        pass
                     member.is_busy = False
                     self._changed.set()
                     self._report(member.name, "caught up")
@@ -363,12 +378,13 @@ async def _send_while_taken(channel: Channel, outgoing: Outgoing, meta: object) 
 
 
 def _difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """What differs between two fingerprints, and how; empty if nothing does."""
-    return "; ".join(
-        f"the {key} differ: the server has {ours.get(key, 'none')}, the silo {theirs.get(key, 'none')}"
+    """What differs between two fingerprints, and what to do; empty if nothing does."""
+    found = "; ".join(
+        f"not the same {key}: the server has {ours.get(key, 'none')}, the silo {theirs.get(key, 'none')}"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
     )
+    return found and f"{found}; both need the same base model and settings (--base, --mode)"
 
 
 def _record(result: RoundResult) -> RoundRecord:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, SupportsFloat, TypeVar
 
+import msgspec
 from numpy.typing import NDArray
 
 from aiordma import (
@@ -16,12 +19,13 @@ from aiordma import (
     ChannelError,
     MessageError,
     Outgoing,
+    Transfer,
     TransferError,
     connect,
     prepare,
 )
 from fedllm.config import check_seconds
-from fedllm.errors import FedError, JoinRefused, RunFailed, ServerLost
+from fedllm.errors import FedError, JoinRefused, RunFailed, ServerLost, SettingError
 from fedllm.messages import (
     FROM_SERVER,
     JOIN_ANSWER,
@@ -33,6 +37,7 @@ from fedllm.messages import (
     Refused,
     ServerMessage,
     Task,
+    Upload,
     Welcome,
     is_for,
 )
@@ -73,18 +78,20 @@ async def join(
     they are of ("weights", "tokenizer", "adapter"), which must equal the server's. Connecting and admission
     may take `timeout_s` each.
 
-    Raises `JoinRefused` with the server's reason, `ServerLost` if it does not answer, `aiordma.ConnectError` if
-    there is no aiordma server. Cancelled, nothing is left behind.
+    Raises `SettingError` for a name or fingerprint that is none, `JoinRefused` with the server's reason,
+    `ServerLost` if it does not answer, `aiordma.ConnectError` if there is no aiordma server. Cancelled, nothing is
+    left behind.
     """
     check_seconds("timeout_s", timeout_s)
+    request = Join(name, dict(fingerprint))
+    try:
+        msgspec.convert(msgspec.to_builtins(request), Join)
+    except msgspec.ValidationError as exc:
+        raise SettingError(f"no server takes such a request to join: {exc}") from exc
     async with connect(host, port, config=config, timeout_s=timeout_s) as channel:
-        silo = Silo(
-            channel, name, await _be_admitted(channel, Join(name, dict(fingerprint)), timeout_s)
-        )
-        try:
+        welcome = await _be_admitted(channel, request, timeout_s)
+        async with Silo(channel, name, run=welcome.run, total_rounds=welcome.rounds) as silo:
             yield silo
-        finally:
-            await silo.aclose()
 
 
 async def _be_admitted(channel: Channel, request: Join, timeout_s: float) -> Welcome:
@@ -101,22 +108,33 @@ async def _be_admitted(channel: Channel, request: Join, timeout_s: float) -> Wel
 
 
 class Silo:
-    """A member of a run. Made by `join`."""
+    """A member of a run: made by `join`, or on a channel of one's own to somebody who calls `run_round` on it.
 
-    def __init__(self, channel: Channel, name: str, welcome: Welcome) -> None:
+    A context manager, which stops listening at its end; it closes only what `join` has opened.
+    """
+
+    def __init__(
+        self, channel: Channel, name: str, *, run: str = "", total_rounds: int | None = None
+    ) -> None:
         self.name = name
-        self.run = welcome.run
+        self.run = run
         """The server's name for the run."""
-        self.total_rounds = welcome.rounds
+        self.total_rounds = total_rounds
+        """None if nobody has said."""
         self.final: dict[str, NDArray[Any]] | None = None
         """The last global weights, once the run is over and the server has sent them."""
         self._channel = channel
         self._heard: asyncio.Task[ServerMessage] | None = None
+        self._offered: deque[Transfer] = deque()
+        """What is not for the present task: for an earlier one, or for one that is yet to be read."""
+        self._unanswered: int | None = None
+        """The ticket of the last task, until it has its Ready or Decline."""
 
     async def rounds(self) -> AsyncGenerator[RoundTask, None]:
         """The rounds in which this silo takes part, one after the other, until the run is over.
 
-        Train, then ``await task.submit(...)``; asking for the next task without that declines this one. Training
+        Train, then ``await task.submit(...)``; asking for the next task without that declines this one, also
+        by calling `rounds` anew after this was left or cancelled, at any point. Training
         that blocks belongs in a thread, ``await asyncio.to_thread(train, ...)``: the loop answers the server
         meanwhile. While the silo trains the server may give the round up: `submit` then says so, at once.
 
@@ -128,6 +146,8 @@ class Silo:
         gave the run up.
         """
         while True:
+            if self._unanswered is not None:
+                await self.say(Decline(self._unanswered, "no update was submitted"))
             message = await self._next_message()
             if isinstance(message, Goodbye):
                 if message.failure:
@@ -135,22 +155,24 @@ class Silo:
                 if message.has_weights:
                     self.final = await self._receive_weights(message.ticket)
                 return
+            if isinstance(message, Upload):
+                await self.say(Decline(message.ticket, "its submission was given up"))
             if not isinstance(message, Task):
-                continue  # the end of a task that was given up on this side
+                continue  # about a task that was given up on this side
+            self._unanswered = message.ticket
             weights = await self._receive_weights(message.ticket)
             if weights is None:
                 await self.say(Decline(message.ticket, "the weights did not arrive"))
                 continue
-            task = RoundTask(self, message, weights)
-            yield task
-            if not task.is_submitted:
-                await self.say(Decline(message.ticket, "no update was submitted"))
+            yield RoundTask(self, message, weights)
 
     async def say(self, message: Ready | Decline) -> None:
-        """Answer a task, once."""
+        """Answer a task, or the request for an update that there is not any more."""
         # A channel that is over says so to who listens, after what the server said before.
         with contextlib.suppress(ChannelError):
             await self._channel.send(message)
+        if message.ticket == self._unanswered:
+            self._unanswered = None
 
     async def deliver(self, task: Task, outgoing: Outgoing) -> Report:
         """After READY: upload as often as the server asks, until its verdict."""
@@ -174,8 +196,19 @@ class Silo:
         uploaded = outgoing.manifest.total_bytes if accepted or is_uploaded else 0
         return Report(accepted=accepted, reason=reason, bytes=uploaded, seconds=seconds)
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
     async def aclose(self) -> None:
-        """Stop listening; the channel itself is closed by `join`."""
+        """Stop listening; the channel stays open."""
         heard, self._heard = self._heard, None
         if heard is not None:
             heard.cancel()
@@ -201,11 +234,18 @@ class Silo:
             return None
 
     async def _next_weights(self, ticket: int) -> dict[str, NDArray[Any]]:
+        offered = self._offered
+        while not (mine := [one for one in offered if is_for(one.meta, ticket)]):
+            offered.append(await self._next_transfer())
+        # Weights come in the order of their tasks, though perhaps before a task was read.
+        while (transfer := offered.popleft()) is not mine[0]:
+            await turn_away(transfer, "it is for another task")
+        return await transfer.arrays("numpy")
+
+    async def _next_transfer(self) -> Transfer:
         async with contextlib.aclosing(self._channel.incoming()) as transfers:
             async for transfer in transfers:
-                if is_for(transfer.meta, ticket):
-                    return await transfer.arrays("numpy")
-                await turn_away(transfer, "it is for another task")
+                return transfer
         raise ServerLost("the server closed the connection before the weights came")
 
     async def _unless_told(self, work: Coroutine[Any, Any, T]) -> T | None:
@@ -266,9 +306,9 @@ class RoundTask:
         self,
         update: Mapping[str, object],
         *,
-        weight: float,
-        metrics: Mapping[str, float] | None = None,
-        norm: float | None = None,
+        weight: SupportsFloat,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        norm: SupportsFloat | None = None,
     ) -> Report:
         """Say READY, upload when the server asks, and wait for its verdict.
 
@@ -277,15 +317,37 @@ class RoundTask:
         counts, as a rule the number of training examples. `norm`, if known, is reported as it is.
 
         Returns the verdict, also when the silo was late or the update was refused. Raises `aiordma.TensorError`
-        for an update that cannot be sent, and `ServerLost`. Cancelled, the upload is given up and the update is
-        no longer read; the silo can ask for the next task.
+        for an update that cannot be sent, `SettingError` for a weight, norm or metric that is no number, or more
+        than 256 metrics, all of which can be mended; and `ServerLost`. Cancelled, the upload is given up and the
+        update is no longer read; the silo can ask for the next task, and until it does, the server waits.
         """
         if self.is_submitted:
             raise FedError("this task's update was submitted already")
         outgoing = prepare(update)
-        await self._silo.say(Ready(self._task.ticket, float(weight), norm, dict(metrics or {})))
+        await self._silo.say(_report(self._task.ticket, weight, norm, metrics or {}))
         self.is_submitted = True
         return await self._silo.deliver(self._task, outgoing)
+
+
+def _report(
+    ticket: int,
+    weight: SupportsFloat,
+    norm: SupportsFloat | None,
+    metrics: Mapping[str, SupportsFloat],
+) -> Ready:
+    """The READY of these figures: any kind of float, numpy's and one-element tensors included."""
+    try:
+        ready = Ready(
+            ticket,
+            float(weight),
+            None if norm is None else float(norm),
+            {name: float(value) for name, value in metrics.items()},
+        )
+        return msgspec.convert(msgspec.to_builtins(ready), Ready)  # within what a server takes
+    except (TypeError, ValueError) as exc:  # msgspec.ValidationError is a ValueError
+        raise SettingError(
+            f"weight, norm and metrics must be numbers by short names: {exc}"
+        ) from exc
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import importlib
 import random
 import socket
 import sys
@@ -15,23 +17,39 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 import aiordma
 from aiordma import Channel, ChannelConfig
-from aiordma.assembly import memory_pair
+from aiordma.assembly import join, memory_pair
+from aiordma.control import MemoryControl
 from aiordma.errors import RemoteProtocolError
+from aiordma.handshake import limits_of, reserve
 from aiordma.lanes.base import Lane, LaneHandler
+from aiordma.lanes.choice import choose
 from aiordma.lanes.memory import MemoryLane
 from aiordma.lanes.tcp import TcpLane
+from aiordma.ring import MemoryBudget, Ring
 from aiordma.wire.frames import ChunkHeader
-from tests.conftest import LOOPS
+from tests import fake_device
+from tests.conftest import LOOPS, no_verbs
+from tests.fake_device import FakeDevice
 
-LANES = ("memory", "reordered", "tcp")
-"""Every lane there is; "reordered" is a memory lane whose chunks overtake each other."""
+LANES = ("memory", "reordered", "tcp", "rdma")
+"""Every lane there is; "reordered" is a memory lane whose chunks overtake each other, "rdma" has a fake device."""
+
+# As `pytest -m verbs` selects them; not even collected where there is no device.
+_VERBS = () if no_verbs() else (pytest.mark.verbs,)
+LANE_PARAMS = (*LANES, *(pytest.param("verbs", marks=mark) for mark in _VERBS))
+"""For tests that run over a real device too, where there is one."""
+VERBS_KINDS = [pytest.param(("verbs", 2), marks=mark) for mark in _VERBS]
+"""Of these, kind and number of lanes."""
 
 LARGE = 16 << 20
 """More than the kernel takes off a sender whose peer does not read, and more than a turn of the loop moves."""
 CANARY = 0xA5
+LANE_SLOTS = {"verbs": 4}
+"""That the ring of each of a pair of lanes has: 16, unless all of it is pinned."""
 
 _PATIENCE_S = 10.0
 """How long to wait for what must come, on a machine that may be busy. Nothing ever waits so long for nothing."""
@@ -123,6 +141,12 @@ class LaneUser:
     """Uses a lane: keeps what it is told, in order, and posts its backlog whenever there is room."""
 
     lane: Lane
+    peer: LaneUser | None = None
+    """Who gives the slots back, out of band."""
+    slots: list[int] = field(default_factory=lambda: list(range(16)))
+    """Free ones of the peer's. To the tests every chunk is one for slot 0."""
+    posted: dict[int, ChunkHeader] = field(default_factory=dict)
+    """By slot, until they have arrived."""
     events: list[tuple[str, object]] = field(default_factory=list)
     payloads: dict[tuple[int, int], bytes] = field(default_factory=dict)
     targets: dict[tuple[int, int], bytearray] = field(default_factory=dict)
@@ -137,8 +161,11 @@ class LaneUser:
 
     def send(self, *chunks: tuple[ChunkHeader, list[memoryview]]) -> None:
         self.backlog += chunks
-        while self.backlog and self.lane.room:
-            self.lane.post(*self.backlog.pop(0))
+        while self.backlog and self.lane.room and self.slots:
+            header, parts = self.backlog.pop(0)
+            slot = self.slots.pop(0)
+            self.posted[slot] = header._replace(slot=slot)
+            self.lane.post(self.posted[slot], parts)
 
     def told(self, name: str) -> list[Any]:
         return [what for event, what in self.events if event == name]
@@ -149,6 +176,8 @@ class LaneUser:
     # The handler
 
     def place(self, header: ChunkHeader) -> memoryview:
+        assert self.peer is None or header == self.peer.posted[header.slot]
+        header = header._replace(slot=0)
         self.events.append(("place", header))
         if self.refuses:
             raise RemoteProtocolError("not this one")
@@ -158,11 +187,15 @@ class LaneUser:
         return memoryview(target)[: header.length]
 
     def arrived(self, header: ChunkHeader) -> None:
-        self.events.append(("arrived", header))
+        self.events.append(("arrived", header._replace(slot=0)))
         self.payloads[key(header)] = bytes(self.targets[key(header)][: header.length])
+        if self.peer is not None:
+            assert header == self.peer.posted.pop(header.slot)
+            self.peer.slots.append(header.slot)
+            self.peer.send()
 
     def sent(self, header: ChunkHeader) -> None:
-        self.events.append(("sent", header))
+        self.events.append(("sent", header._replace(slot=0)))
         self.send()
 
     def copied(self, nbytes: int) -> None:
@@ -182,19 +215,36 @@ def key(header: ChunkHeader) -> tuple[int, int]:
 
 
 def chunk(
-    payload: bytes | bytearray, *, transfer: int = 1, offset: int = 0, slot: int = 0
+    payload: bytes | bytearray, *, transfer: int = 1, offset: int = 0
 ) -> tuple[ChunkHeader, list[memoryview]]:
     """What `post` takes."""
-    return ChunkHeader(slot, len(payload), transfer, offset, None), [memoryview(payload)]
+    return ChunkHeader(0, len(payload), transfer, offset, None), [memoryview(payload)]
 
 
-def lane_pair(kind: str) -> tuple[Lane, Lane]:
+async def lane_users(kind: str) -> tuple[LaneUser, LaneUser]:
+    """Two users of lanes that are each other's peer, not started."""
+    slots = LANE_SLOTS.get(kind, 16)
+    left, right = (
+        LaneUser(lane, slots=list(range(slots))) for lane in await lane_pair(kind, slots)
+    )
+    left.peer, right.peer = right, left
+    return left, right
+
+
+async def lane_pair(kind: str, slots: int) -> tuple[Lane, Lane]:
     """Two lanes that are each other's peer, not started."""
     loop = asyncio.get_running_loop()
     if kind == "memory":
         return MemoryLane.pair(loop)
     if kind == "reordered":
         return ReorderingLane.pair(loop)
+    budget = MemoryBudget(1 << 40)  # slots of this size cost nothing before they are used
+    if kind == "rdma":
+        near_ring, far_ring = (Ring(slots, LARGE, budget=budget) for _ in range(2))
+        (_, left), (_, right) = fake_device.lane_pair(near_ring, far_ring, budget=budget)
+        return left, right
+    if kind == "verbs":
+        return await verbs_lanes(*(Ring(slots, LARGE, budget=budget) for _ in range(2)))
     near, far = socket_pair()
     return TcpLane(near, loop), TcpLane(far, loop)
 
@@ -210,17 +260,44 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
+async def verbs_lanes(*rings: Ring) -> tuple[Lane, Lane]:
+    """Two lanes over queue pairs of this machine's first device."""
+    verbs = importlib.import_module("aiordma.lanes.verbs")
+    choice = choose(verbs.survey())
+    limits = limits_of(ChannelConfig(slot_bytes=LARGE), list(rings))
+    ends = []
+    for ring in rings:
+        device = verbs.Device.open(choice.port.device, registered_bytes=1 << 30)
+        ends.append(verbs.open_lane(device, choice, ring, limits))
+    for (pair, lane), (peer, _) in zip(ends, reversed(ends), strict=True):
+        pair.connect(peer.address, 0.0)
+        await lane.expose()
+    return ends[0][1], ends[1][1]
+
+
 @asynccontextmanager
 async def channel_pair(
     kind: str, left: ChannelConfig | None = None, right: ChannelConfig | None = None
 ) -> AsyncIterator[tuple[Channel, Channel]]:
     """Both ends of a channel over lanes of this kind; `right` has the left one's configuration by default."""
     right = right or left
+    if kind == "verbs":
+        left, right = (_patient(config) for config in (left, right))
     async with contextlib.AsyncExitStack() as stack:
-        if kind == "tcp":
+        if kind in ("tcp", "verbs"):
             listener = await stack.enter_async_context(aiordma.listen(config=right))
-            near = await stack.enter_async_context(aiordma.connect(*listener.address, config=left))
+            near = await stack.enter_async_context(
+                aiordma.connect(
+                    *listener.address,
+                    config=left,
+                    require=kind,  # type: ignore[arg-type]
+                    timeout_s=30,
+                )
+            )
             far = await listener.accept()
+        elif kind == "rdma":
+            near, far = rdma_channels(left or ChannelConfig(), right or ChannelConfig())
+            await stack.enter_async_context(near)
         else:
             lane = ReorderingLane if kind == "reordered" else MemoryLane
             with mock.patch("aiordma.assembly.MemoryLane", lane):
@@ -228,6 +305,38 @@ async def channel_pair(
             await stack.enter_async_context(near)
         async with far:
             yield near, far
+
+
+def _patient(config: ChannelConfig | None) -> ChannelConfig:
+    """A real device's processor may be an emulated one, on a machine that does other things."""
+    return dataclasses.replace(config or ChannelConfig(), probe_s=20, connect_timeout_s=30)
+
+
+def rdma_channels(left: ChannelConfig, right: ChannelConfig) -> tuple[Channel, Channel]:
+    """Both ends of a channel over queue pairs of two fake devices, one for either end."""
+    count = min(left.lanes, right.lanes)
+    devices = FakeDevice(), FakeDevice()
+    ends = [(config, reserve(config, count)) for config in (left, right)]
+    pairs = [
+        fake_device.lane_pair(*rings, devices) for rings in zip(ends[0][1], ends[1][1], strict=True)
+    ]
+    limits = [limits_of(config, rings) for config, rings in ends]
+    controls = MemoryControl.pair()
+    near, far = (
+        join(
+            controls[i],
+            [pair[i][1] for pair in pairs],
+            ends[i][1],
+            limits[1 - i],
+            ends[i][0],
+            peer="fake",
+            reason="a fake device",
+            rtt_s=0.0,
+            registry=devices[i].registry,
+        )
+        for i in (0, 1)
+    )
+    return near, far
 
 
 def run(coroutine: Coroutine[Any, Any, None], loop_kind: str = "asyncio") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +14,7 @@ from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 
 from fedllm import aggregate
-from fedllm.aggregate import Staged, check_layout
+from fedllm.aggregate import _MOVES, Stage, Staged, check_layout
 from fedllm.errors import FedError, UpdateError, WeightsError
 from fedllm.strategy import FedAvg
 
@@ -261,6 +262,31 @@ def test_a_contribution_makes_only_the_moves_of_its_table() -> None:
         again.abort()
     with pytest.raises(FedError, match="committed: begin a new one"):
         staged.begin("b", 1)
+
+
+def test_who_aborts_while_a_thread_adds_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silo whose deadline comes while its update is checked: the thread cannot be cancelled."""
+    aggregation = Staged({"w": np.zeros(2, np.float32)})
+    late, good = aggregation.begin("late", 1.0), aggregation.begin("good", 1.0)
+    for contribution, value in ((late, 9), (good, 1)):
+        contribution.buffers["w"][...] = value
+    aborting = threading.Thread(target=late.abort)
+
+    class Moves(dict[Any, Any]):
+        def get(self, move: Any, default: Any = None) -> Any:
+            found = super().get(move, default)
+            if move == (Stage.OPEN, "add"):
+                aborting.start()
+                aborting.join(0.1)  # between what `add` reads and what it writes, if it can
+            return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedllm.aggregate._MOVES", Moves(_MOVES))
+        late.add()
+    aborting.join()
+    good.add()
+    aggregation.commit()
+    assert aggregation.result()["w"].tolist() == [1, 1]
 
 
 def test_nothing_to_average_is_an_error() -> None:

@@ -42,11 +42,11 @@ async def test_a_receive_amid_a_chunk(loop_kind: str, chunk: int, is_awake: bool
         first = asyncio.create_task(far.recv_tensor(into=into))
         await round_trips(far)
         if is_awake:  # it has the transfer, and waits for the chunks
-            near._link.fill = lambda port: None  # type: ignore[method-assign]
+            near._link._post = lambda port: False  # type: ignore[method-assign]
         sending = asyncio.create_task(near.send_tensor(truth))
         if is_awake:
             await round_trips(near, far)
-            del near._link.fill
+            del near._link._post
             near._link._fill_all()
         count = far.stats
         await until(lambda: chunk <= (n := count().received_chunks) and into[n * LARGE :].any())

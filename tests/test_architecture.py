@@ -25,8 +25,8 @@ WIRE_LEAVES = "aiordma.errors aiordma.wire.frames aiordma.wire.manifest aiordma.
 WIRE = "aiordma.wire aiordma.wire.*"
 RDMA = (
     "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames aiordma.wire.hello aiordma.lanes.choice"
-    " aiordma.lanes.completion aiordma.lanes.outbox aiordma.lanes.rdma aiordma.lanes.registry"
-    " aiordma.lanes.statuses"
+    " aiordma.lanes.completion aiordma.lanes.needs aiordma.lanes.outbox aiordma.lanes.rdma"
+    " aiordma.lanes.registry aiordma.lanes.statuses"
 )
 BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
 
@@ -51,6 +51,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.lanes.rdma": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
     " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox",
     "aiordma.lanes.choice": "aiordma.errors",
+    "aiordma.lanes.needs": "aiordma.ring aiordma.lanes.rdma",
     "aiordma.lanes.registry": "aiordma.errors aiordma.lanes.outbox",
     "aiordma.lanes.statuses": "",
     "aiordma.lanes.verbs": f"{RDMA} aiordma.lanes.verbs.*",
@@ -82,7 +83,10 @@ ROOMS: Mapping[str, str] = {
     " aiordma.path aiordma.assembly aiordma.listener aiordma.lanes.choice",
     "aiordma.bench": "",
     "aiordma.bench.*": "aiordma aiordma.errors aiordma.bench aiordma.bench.*",
-    "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.*",
+    "aiordma.doctor": "",
+    "aiordma.doctor.*": "aiordma aiordma.errors aiordma.lanes.choice aiordma.lanes.needs"
+    " aiordma.lanes.verbs aiordma.doctor aiordma.doctor.*",
+    "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy"
     " fedllm.participation fedllm.rounds fedllm.server fedllm.silo",
     "fedllm.errors": "aiordma.errors",
@@ -98,7 +102,7 @@ ROOMS: Mapping[str, str] = {
     "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
     " fedllm.checkpoint",
     "fedllm.demo": "",
-    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.demo.*",
+    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",
 }
 
@@ -113,13 +117,13 @@ GUESTS: Mapping[str, str] = {
 LAZY_GUESTS = {("aiordma.tensors", "torch")}
 """May be imported inside a function: torch, where the caller has asked for `framework="torch"`."""
 
-CLOCKS = "asyncio datetime select selectors socket threading time"
+CLOCKS = "asyncio datetime select selectors socket time"
 BLIND: Mapping[str, str] = {
     # module patterns: what may never be imported there
-    "aiordma.wire*": CLOCKS,
-    "fedllm.config": CLOCKS,
-    "fedllm.aggregate": CLOCKS,
-    "fedllm.strategy": CLOCKS,
+    "aiordma.wire*": f"{CLOCKS} threading",
+    "fedllm.config": f"{CLOCKS} threading",
+    "fedllm.aggregate": CLOCKS,  # updates are checked and folded in threads
+    "fedllm.strategy": f"{CLOCKS} threading",
 }
 
 FILE_LINES, FUNCTION_LINES, CLASS_ATTRIBUTES, GIT_FILE_BYTES = 400, 60, 15, 100_000

@@ -43,7 +43,7 @@ FAST = dataclasses.replace(CONFIG, idle_timeout_s=0.08)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiordma.link._GRACE_S", 0.02)
+    monkeypatch.setattr("aiordma.port._GRACE_S", 0.02)
 
 
 # Control frames

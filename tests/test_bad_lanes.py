@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("loop_kind")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiordma.link._GRACE_S", 0.02)
+    monkeypatch.setattr("aiordma.port._GRACE_S", 0.02)
 
 
 def chunk_frame(sequence: int = 1, **changed: Any) -> bytes:

@@ -92,12 +92,6 @@ OPENINGS = [
     ),
     row("a negative port", lambda: aiordma.listen(port=-1), ConfigError, "from 0 to 65535, not -1"),
     row(
-        "verbs",
-        lambda: aiordma.connect("127.0.0.1", 1, require="verbs"),
-        LaneRefused,
-        "require='verbs': this version has TCP lanes only; leave it out",
-    ),
-    row(
         "pigeons",
         lambda: aiordma.connect("127.0.0.1", 1, require="pigeons"),  # type: ignore[arg-type]
         ConfigError,
@@ -141,6 +135,27 @@ async def test_what_cannot_be_opened(opening, error, texts):
     assert type(caught.value) is error
     for text in texts:
         assert text in str(caught.value)
+
+
+async def test_verbs_are_required_where_there_is_no_device(monkeypatch, tmp_path):
+    monkeypatch.setattr("aiordma.path._DEVICES", tmp_path)
+    async with aiordma.listen() as listener:
+        with pytest.raises(
+            LaneRefused, match=r"no RDMA device \(.* modprobe rdma_rxe; rdma link add"
+        ):
+            await aiordma.connect(*listener.address, require="verbs")
+        async with aiordma.connect(*listener.address) as near, await listener.accept() as far:
+            assert near.lanes[0].reason.startswith("tcp: the client: this host has no RDMA device")
+            assert far.lanes[0].reason == near.lanes[0].reason
+
+
+async def test_a_device_without_pyverbs_is_not_used_and_says_so(monkeypatch, tmp_path):
+    (tmp_path / "rxe0").mkdir()
+    monkeypatch.setattr("aiordma.path._DEVICES", tmp_path)
+    monkeypatch.setitem(sys.modules, "aiordma.lanes.verbs", None)
+    async with aiordma.listen() as listener:
+        with pytest.raises(LaneRefused, match=r"pyverbs cannot be imported .*: install it"):
+            await aiordma.connect(*listener.address, require="verbs")
 
 
 async def test_a_name_that_looks_like_loopback_and_is_not(monkeypatch):

@@ -44,6 +44,22 @@ def test_an_example_runs(path: Path):
     assert run(str(path))
 
 
+def test_the_readme_names_each_example():
+    named = re.findall(r"`(\w+\.py)`", README[README.index("More in `examples/`") :])
+    assert sorted(named) == [path.name for path in EXAMPLES]
+
+
+def test_the_federated_example_does_without_torch():
+    program = (
+        "import runpy, sys\n"
+        "runpy.run_path('examples/federated.py', run_name='__main__')\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    errors = [float(line.rpartition(" ")[2]) for line in run("-c", program).splitlines()]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 < errors[0]
+
+
 def test_every_command_of_the_readme_is_a_target_of_the_makefile():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     named = re.findall(r"\bmake ([a-z-]+)", README)

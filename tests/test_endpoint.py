@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -15,16 +17,19 @@ from aiordma import (
     Channel,
     ChannelClosed,
     ChannelConfig,
+    ConnectError,
     LaneInfo,
+    Listener,
     connect,
     listen,
     serve,
 )
 from aiordma.control import TcpControl
+from aiordma.listener import _MAX_UNACCEPTED
 from aiordma.ring import BUDGET
 from tests.foreign import nothing_left
 from tests.harness import (
-    LANES,
+    LANE_PARAMS,
     channel_pair,
     noise,
     run,
@@ -47,7 +52,7 @@ async def untouched(loop_kind: str) -> AsyncIterator[None]:
         yield
 
 
-@pytest.fixture(params=LANES)
+@pytest.fixture(params=LANE_PARAMS)
 async def pair(request, untouched: None) -> AsyncIterator[Pair]:
     async with channel_pair(request.param, CONFIG) as ends:
         yield ends
@@ -308,3 +313,49 @@ async def test_what_a_handler_raises_does_not_end_the_server(loop_kind: str) -> 
     loop.set_exception_handler(handler_before)
     assert [type(context["exception"]) for context in reported] == [ZeroDivisionError] * 2
     assert all("the handler of <aiordma.Channel" in context["message"] for context in reported)
+
+
+async def test_channels_that_nobody_accepts_are_bounded() -> None:
+    async with listen(config=CONFIG) as listener, AsyncExitStack() as stack:
+        for _ in range(_MAX_UNACCEPTED):
+            await stack.enter_async_context(connect(*listener.address, config=CONFIG))
+        with pytest.raises(ConnectError, match="accepts no channels at the moment: try again"):
+            await connect(*listener.address, config=CONFIG)
+        await stack.enter_async_context(await listener.accept())
+        await stack.enter_async_context(connect(*listener.address, config=CONFIG))
+
+
+async def test_a_process_without_descriptors_left_accepts_again_when_it_has_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Meanwhile it does not spin on a readiness that it can do nothing about."""
+
+    class Exhausted:
+        attempts = 0
+
+        def __init__(self, sock: socket.socket) -> None:
+            self._sock = sock
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._sock, name)
+
+        def accept(self) -> Any:
+            self.attempts += 1
+            if self.attempts == 1:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self._sock.accept()
+
+    monkeypatch.setattr("aiordma.listener._ACCEPT_PAUSE_S", 0.1)
+    async with listen(config=CONFIG) as listener:
+        sock = Exhausted(listener._sock)
+        monkeypatch.setattr(listener, "_sock", sock)
+        connecting = asyncio.create_task(connected(listener))
+        await until(lambda: sock.attempts)
+        await turns(50)
+        assert sock.attempts == 1
+        async with await connecting:
+            assert sock.attempts >= 2
+
+
+async def connected(listener: Listener) -> Channel:
+    return await connect(*listener.address, config=CONFIG)

@@ -42,7 +42,7 @@ Step = Callable[[Foreign], Awaitable[None]]
 @pytest.fixture(autouse=True, scope="module")
 def impatient() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aiordma.link._GRACE_S", 0.001)
+        patch.setattr("aiordma.port._GRACE_S", 0.001)
         yield
 
 

@@ -17,7 +17,7 @@ from aiordma import (
 from aiordma.ring import BUDGET
 from tests.foreign import nothing_left
 from tests.harness import (
-    LANES,
+    LANE_PARAMS,
     at_rest,
     channel_pair,
     noise,
@@ -196,7 +196,7 @@ async def test_1_gib_by_chunks_takes_a_ring_and_no_more() -> None:
 # Slow consumers
 
 
-@pytest.mark.parametrize("kind", LANES)
+@pytest.mark.parametrize("kind", LANE_PARAMS)
 async def test_a_consumer_that_keeps_its_chunks_blocks_no_other(kind: str) -> None:
     config = ChannelConfig(slot_bytes=SLOT, slots=8)
     async with nothing_left(), channel_pair(kind, config) as (near, far):

@@ -21,7 +21,7 @@ from aiordma import (
 )
 from tests.foreign import nothing_left
 from tests.harness import (
-    LANES,
+    LANE_PARAMS,
     channel_pair,
     noise,
     round_trips,
@@ -38,7 +38,7 @@ Pair = tuple[Channel, Channel]
 # The caller's timeouts
 
 
-@pytest.mark.parametrize("kind", LANES)
+@pytest.mark.parametrize("kind", LANE_PARAMS)
 async def test_a_call_that_times_out_leaves_the_channel_usable(kind: str, loop_kind: str) -> None:
     async with nothing_left():
         async with channel_pair(kind, ChannelConfig(slot_bytes=SLOT, slots=4)) as (near, far):
@@ -114,7 +114,7 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 IDLE_S = ChannelConfig().idle_timeout_s
 
 
-@pytest.fixture(params=LANES)
+@pytest.fixture(params=LANE_PARAMS)
 async def pair(request) -> AsyncIterator[Pair]:
     async with nothing_left(), channel_pair(request.param, CONFIG) as ends:
         yield ends
@@ -170,7 +170,7 @@ async def test_a_transfer_that_stands_still_times_out_and_the_channel_stays(
 
 async def test_a_receiver_whose_sender_stands_still_times_out(pair: Pair, clock: Clock) -> None:
     near, far = pair
-    near._link.fill = lambda port: None  # type: ignore[method-assign]
+    near._link._post = lambda port: False  # type: ignore[method-assign]
     sending = asyncio.create_task(near.send_tensor(noise(20 * SLOT)))
     into = np.zeros(20 * SLOT, np.uint8)
     receiving = asyncio.create_task(far.recv_tensor(into=into))
@@ -183,7 +183,7 @@ async def test_a_receiver_whose_sender_stands_still_times_out(pair: Pair, clock:
         await receiving
     with pytest.raises(TransferTimeout, match="the peer gave up waiting"):
         await sending
-    del near._link.fill, near._link.moved
+    del near._link._post, near._link.moved
     await usable(near, far)
 
 

@@ -20,11 +20,29 @@ from aiordma import (
     TransferRefused,
 )
 from tests.foreign import nothing_left
-from tests.harness import alike, at_rest, channel_pair, noise, round_trips, turns, usable
+from tests.harness import (
+    VERBS_KINDS,
+    alike,
+    at_rest,
+    cancel,
+    channel_pair,
+    noise,
+    round_trips,
+    turns,
+    usable,
+)
 
 SLOT = 64 << 10
 CONFIG = ChannelConfig(slot_bytes=SLOT, messages=64)
-KINDS = [("memory", 1), ("reordered", 4), ("tcp", 1), ("tcp", 4)]
+KINDS: list[Any] = [
+    ("memory", 1),
+    ("reordered", 4),
+    ("tcp", 1),
+    ("tcp", 4),
+    ("rdma", 1),
+    ("rdma", 4),
+]
+KINDS += VERBS_KINDS
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 Pair = tuple[Channel, Channel]
@@ -129,6 +147,24 @@ async def test_leaving_chunks_early_aborts_the_transfer(pair: Pair) -> None:
         second.release()
         with pytest.raises(TransferAborted):
             await transfer.arrays()
+
+
+async def test_a_consumer_that_is_cancelled_amid_its_work_keeps_no_slots(pair: Pair) -> None:
+    near, far = pair
+
+    async def consume(transfer: Transfer) -> None:
+        async for chunk in transfer.chunks():
+            await asyncio.get_running_loop().create_future()  # its work
+            chunk.release()
+
+    for _ in range(2 * CONFIG.slots):
+        sending = asyncio.create_task(near.send_tensor(noise(40 * SLOT)))
+        consuming = asyncio.create_task(consume(await anext(far.incoming())))
+        await turns(5)
+        await cancel(consuming)
+        with pytest.raises(TransferAborted):
+            await sending
+    await at_rest(near, far)
 
 
 async def test_a_borrowed_chunk_stays_as_it_is_until_released(pair: Pair) -> None:

@@ -50,6 +50,23 @@ class Port(NamedTuple):
         return f"{self.device}/{self.number}"
 
 
+class DeviceFacts(NamedTuple):
+    """What is known of a device: its ports, and its limits as ibv_query_device(3) has them."""
+
+    name: str
+    firmware: str
+    ports: tuple[Port, ...]
+    has_windows: bool
+    """Whether it has memory windows of type 2."""
+    max_region_bytes: int
+    """The largest memory region."""
+    max_queue_pairs: int
+    max_work_requests: int
+    """In each queue of a queue pair."""
+    max_completions: int
+    """In a completion queue."""
+
+
 class Choice(NamedTuple):
     """A port, and the address of it to use."""
 

@@ -1,8 +1,11 @@
 """What an RDMA lane sends: which frames ride with the next doorbell, which of them ask for a completion, and what
 the device may still read.
 
-A completion costs a wake-up, and one tells of all work requests before it. So a frame asks for one only if none is
-due that would make us look again, or if so much went by without that the send queue or the stages run short.
+A completion costs a wake-up, and one tells of all work requests before it. So a frame asks for one if so much went
+by without that the send queue or the stages run short; else only if none is due, and nothing else is bound to make
+us look again. What does so is a CREDIT for chunks that took all the slots which the last CREDIT gave back: as
+long as the peer takes chunks that wait for it, the next ones go out with the next CREDIT, and some of them ask. When
+fewer follow than could, or somebody wants a chunk's memory back, the last that is under way is asked for.
 """
 
 from __future__ import annotations
@@ -96,6 +99,8 @@ class Outbox:
         """`depth`: work requests that the send queue holds. The rest: the ring that is written to."""
         self.last_id = 0
         """Of the last frame that was handed out."""
+        self.waiting_bytes = 0
+        """Copied for the next batch."""
         self._sources = sources
         self._slot_bytes = peer_slot_bytes
         self._free = depth - _RESERVE
@@ -106,7 +111,7 @@ class Outbox:
         self._waiting: deque[_Chunk] = deque()
         self._posted: deque[_Posted] = deque()
         self._sequence = 0
-        self._completions = _Completions(depth // 4, peer_slots)
+        self._completions = _Completions(depth // 4, max(4, peer_slots * 3 // 4))
 
     @property
     def room(self) -> int:
@@ -115,15 +120,13 @@ class Outbox:
 
     @property
     def is_busy(self) -> bool:
-        """Whether the device has work that we shall hear of."""
-        return bool(self._posted)
+        """Whether a completion is due."""
+        return self._completions.is_due
 
     @property
     def wants_batch(self) -> bool:
         """Whether `batch` has something to send."""
-        return bool(
-            self._special or self._waiting or self._may_credit or self._completions.is_lacking
-        )
+        return bool(self._special or self._waiting or self._may_credit or self._is_lacking)
 
     def add(self, header: ChunkHeader, parts: Sequence[memoryview]) -> int:
         """Take a chunk for the next batch: by reference if all of it is registered, else copied.
@@ -136,8 +139,17 @@ class Outbox:
             copied = _gather(parts, self._sources.stages.view(stage, header.length))
             pieces, parts = [self._sources.stage(stage, header.length)], ()
         self._free -= len(pieces) + 1
+        self.waiting_bytes += copied
         self._waiting.append(_Chunk(header, pieces, stage, parts))
         return copied
+
+    def drop(self) -> None:
+        """Chunks that wait are not sent."""
+        self._waiting.clear()
+
+    def credited(self, slots: int) -> None:
+        """The peer gave so many slots back."""
+        self._completions.credited(slots)
 
     def credit(self, slots: int) -> None:
         """Give slots of our ring back with the next batch."""
@@ -153,14 +165,19 @@ class Outbox:
             self._free -= len(pieces) + 1
 
     def end(self) -> None:
-        """The END is for the next batch; chunks that wait are not sent."""
-        self._waiting.clear()
+        """The END is for the next batch, and nothing comes after it."""
+        self.drop()
+        self._credits = 0
         self._special.append(Frame(0, (), 0, b"", 0, Kind.END << 16, is_signalled=True))
         self._free -= 1
 
-    def batch(self) -> list[Frame]:
-        """What goes with the next doorbell: credits first, then the chunks in order."""
+    def batch(self, *, goes_on: bool = False) -> list[Frame]:
+        """What goes with the next doorbell: credits first, then the chunks in order.
+
+        `goes_on`: more chunks come at once, with another batch.
+        """
         batch: list[Frame] = []
+        self.waiting_bytes = 0
         while self._special:
             batch.append(self._hand_out(self._special.popleft(), None))
         if self._may_credit:
@@ -168,19 +185,22 @@ class Outbox:
         while self._waiting:
             chunk = self._waiting.popleft()
             batch.append(self._hand_out(self._chunk_frame(chunk), chunk))
-        if self._completions.is_lacking:
+        if not goes_on and self._is_lacking:
             if not batch:
                 self._free -= 1
                 marker = Frame(0, (), 0, b"", 0, None, is_signalled=False)
                 batch.append(self._hand_out(marker, None))
             batch[-1] = batch[-1]._replace(is_signalled=True)
             self._completions.asked(self.last_id)
+        if not goes_on:
+            self._completions.judge()
         return batch
 
     def mark(self) -> int:
         """A number for one more work request, which the queue pair posts on its own."""
         self.last_id += 1
         self._posted.append(_Posted(self.last_id, 0, None))
+        self._completions.asked(self.last_id)
         return self.last_id
 
     def completed(self, work_id: int) -> list[ChunkHeader]:
@@ -194,15 +214,24 @@ class Outbox:
                 headers.append(done.chunk.header)
                 if done.chunk.stage is not None:
                     self._free_stages.append(done.chunk.stage)
-        self._completions.came(work_id, len(headers))
+        self._completions.came(work_id)
         return headers
 
     def is_done_with(self, transfer: int) -> bool:
-        """Whether the device reads nothing more of this transfer's own memory."""
+        """Whether the device reads nothing more of this transfer's own memory.
+
+        If it does, the next batch sees to it that a completion tells.
+        """
         chunks = [*self._waiting, *(posted.chunk for posted in self._posted)]
-        return not any(
+        is_reading = any(
             chunk and chunk.parts and chunk.header.transfer == transfer for chunk in chunks
         )
+        self._completions.is_wanted |= is_reading
+        return not is_reading
+
+    @property
+    def _is_lacking(self) -> bool:
+        return self._completions.is_lacking(is_short=not self.room)
 
     @property
     def _may_credit(self) -> bool:
@@ -238,7 +267,7 @@ class Outbox:
         work_requests = len(frame.pieces) + 1
         self._posted.append(_Posted(self.last_id, work_requests, chunk))
         self._completions.posted(work_requests, is_chunk=chunk is not None)
-        is_signalled = frame.is_signalled or self._completions.is_due
+        is_signalled = frame.is_signalled or self._completions.is_enough
         if is_signalled:
             self._completions.asked(self.last_id)
         return frame._replace(work_id=self.last_id, is_signalled=is_signalled)
@@ -253,33 +282,62 @@ class _Completions:
 
     def __init__(self, most_requests: int, most_chunks: int) -> None:
         """So many work requests, or chunks, may go by without."""
+        self.is_wanted = False
+        """Whether somebody waits for the memory of chunks that are under way."""
+        self._is_bulk = False
         self._limits = most_requests, most_chunks
         self._requests = self._chunks = 0  # since the last that asks
-        self._open_chunks = 0
+        # Slots that the last CREDIT gave back, and that were spent since, until it was judged.
+        self._returned = self._spent = 0
         self._asked_id = self._came_id = 0
 
     @property
-    def is_due(self) -> bool:
+    def is_enough(self) -> bool:
         """Whether the last frame must ask, whatever follows."""
         return self._requests >= self._limits[0] or self._chunks >= self._limits[1]
 
     @property
-    def is_lacking(self) -> bool:
-        """Whether chunks are under way, and no completion will come that makes us look again."""
-        return self._open_chunks > 0 and self._asked_id <= self._came_id
+    def is_due(self) -> bool:
+        """Whether a completion is bound to come."""
+        return self._asked_id > self._came_id
+
+    def is_lacking(self, *, is_short: bool) -> bool:
+        """Whether chunks are under way, and nothing will come that makes us look again.
+
+        `is_short`: no more chunks can be added before.
+        """
+        if not self._chunks:
+            return False
+        return self.is_wanted or (not self.is_due and (is_short or not self._goes_on))
+
+    def judge(self) -> None:
+        """All chunks that could follow the last CREDIT have."""
+        self.is_wanted = False
+        self._is_bulk = self._goes_on
+        self._returned = self._spent = 0
+
+    def credited(self, slots: int) -> None:
+        # The peer owes another one for the chunks that go out from now on.
+        self._returned, self._spent = slots, 0
 
     def posted(self, work_requests: int, *, is_chunk: bool) -> None:
         self._requests += work_requests
         self._chunks += is_chunk
-        self._open_chunks += is_chunk
+        self._spent += is_chunk
 
     def asked(self, work_id: int) -> None:
         self._asked_id = work_id
         self._requests = self._chunks = 0
 
-    def came(self, work_id: int, chunks: int) -> None:
-        self._came_id = work_id
-        self._open_chunks -= chunks
+    def came(self, work_id: int) -> None:
+        self._came_id = max(self._came_id, work_id)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the last chunks took all slots that had come back, so that more are likely to follow."""
+        if self._returned or self._spent:
+            return 0 < self._returned <= self._spent
+        return self._is_bulk
 
 
 def _gather(parts: Sequence[memoryview], target: memoryview) -> int:

@@ -100,7 +100,7 @@ class PathProbe:
 
     def was_sent(self, work_id: int) -> None:
         """A frame of ours arrived."""
-        if self._first_id and work_id < self._first_id + PROBES:
+        if self._first_id and 0 <= work_id - self._first_id < PROBES:
             self._sent[work_id - self._first_id] = True
             self._judge()
 
@@ -154,38 +154,39 @@ class RdmaLane:
         self._handler: LaneHandler | None = None
         self._early: list[Completion] = []
         self._sequence = 0
-        self._unsent_bytes = 0
         self._is_scheduled = False
         self._is_started = False
         self._is_over = False
+        self._loss: Exception | None = None
         self._flushed = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
         self.probe = PathProbe()
 
     @property
     def room(self) -> int:
-        return 0 if self._is_over else self._outbox.room
+        return 0 if self._is_over or self._closing is not None else self._outbox.room
 
     def start(self, handler: LaneHandler) -> None:
         self._handler = handler
         self._loop.call_soon(self._begin)
 
     def post(self, header: ChunkHeader, parts: Sequence[memoryview]) -> None:
+        if self._outbox.waiting_bytes >= _EAGER_BYTES:
+            self._flush(goes_on=True)
         copied = self._outbox.add(header, parts)
         if copied and self._handler is not None:
             self._handler.copied(copied)
-        self._unsent_bytes += copied
-        if self._unsent_bytes >= _EAGER_BYTES:
-            self._flush()
-        else:
-            self._schedule()
+        self._schedule()
 
     def credit(self, slots: int) -> None:
         self._outbox.credit(slots)
         self._schedule()
 
     def recall(self, transfer: int, *, is_sending: bool) -> bool:
-        return not is_sending or self._outbox.is_done_with(transfer)
+        if not is_sending or self._outbox.is_done_with(transfer):
+            return True
+        self._schedule()
+        return False
 
     async def aclose(self) -> None:
         if self._closing is None:
@@ -195,9 +196,13 @@ class RdmaLane:
     async def expose(self) -> None:
         """Open our ring to the peer, before it is told that it may write. Raises `ChannelBroken`."""
         self._flushed.clear()
+        work_id = self._outbox.mark()
         try:
-            if self._qp.expose(self._outbox.mark()):
+            if self._qp.expose(work_id):
+                self._watch()
                 await self._flushed.wait()
+            else:
+                self._outbox.completed(work_id)
         except OSError as exc:
             self._lose(self._broken(f"the device refuses work ({exc})", exc))
         self.probe.check()
@@ -214,11 +219,15 @@ class RdmaLane:
         await self.probe.wait()
 
     def _begin(self) -> None:
-        if self._closing is None:
-            self._is_started = True
-            early, self._early = self._early, []
-            self.completed(early)
-            self._schedule()
+        if self._closing is not None or self._handler is None:
+            return
+        self._is_started = True
+        if self._is_over:
+            self._handler.lost(self._loss)
+            return
+        early, self._early = self._early, []
+        self.completed(early)
+        self._schedule()
 
     # Sending
 
@@ -232,13 +241,12 @@ class RdmaLane:
         self._is_scheduled = False
         self._flush()
 
-    def _flush(self) -> None:
-        if self._is_started and not self._is_over:
-            self._submit()
+    def _flush(self, *, goes_on: bool = False) -> None:
+        if self._is_started and not self._is_over and self._closing is None:
+            self._submit(goes_on=goes_on)
 
-    def _submit(self) -> None:
-        self._unsent_bytes = 0
-        batch = self._outbox.batch()
+    def _submit(self, *, goes_on: bool = False) -> None:
+        batch = self._outbox.batch(goes_on=goes_on)
         if not batch:
             return
         try:
@@ -295,6 +303,10 @@ class RdmaLane:
         if kind == Kind.PROBE and index < PROBES:
             self.probe.has_come(index)
             return
+        if self._closing is not None:
+            if kind == Kind.END:  # nobody listens for ours
+                self._flushed.set()
+            return
         if self._handler is None or not self._is_started:
             self._early.append(completion)
             return
@@ -302,7 +314,10 @@ class RdmaLane:
         if kind == Kind.CHUNK:
             self._take(self._handler, index)
         elif kind == Kind.CREDIT:
-            self._handler.credited(self._frame(index, CreditHeader).slots)
+            slots = self._frame(index, CreditHeader).slots
+            self._outbox.credited(slots.bit_count())
+            self._handler.credited(slots)
+            self._schedule()
         elif kind == Kind.END:
             self._lose(None)
         else:
@@ -344,8 +359,11 @@ class RdmaLane:
         if self._is_over:
             return
         self._is_over = True
+        self._flushed.set()  # what somebody waits for may not come
+        self._outbox.drop()
         self.probe.fail(exc or ChannelBroken(f"{self._qp.name}: the peer gave up"))
-        if self._handler is not None and self._closing is None:
+        self._loss = exc
+        if self._handler is not None and self._is_started and self._closing is None:
             self._handler.lost(exc)
 
     async def _close(self) -> None:
@@ -358,9 +376,11 @@ class RdmaLane:
         await self._drain(self._fail, _FLUSH_S)
         self._early.clear()
         await self._qp.aclose()
+        self._outbox.completed(self._outbox.last_id)
 
     def _fail(self) -> None:
         self._qp.fail(self._outbox.mark())
+        self._watch()
 
     async def _drain(self, post: Callable[[], None], timeout_s: float) -> None:
         """Post something, and wait until that, and all before it, is done."""

@@ -51,7 +51,7 @@ class Limits(msgspec.Struct, frozen=True, array_like=True):
 class LaneAddress(msgspec.Struct, frozen=True, array_like=True):
     """A queue pair, and the ring behind it that its peer may write to."""
 
-    gid: Annotated[str, msgspec.Meta(max_length=40)]
+    gid: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{4}(:[0-9a-f]{4}){7}\Z")]
     lid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
     queue_pair: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
     start_psn: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]

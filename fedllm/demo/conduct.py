@@ -63,8 +63,8 @@ def demo(
     """Run the demo; 0 if the federated model wins on the union, else `EXIT_NOT_BETTER`.
 
     `command` starts a child, its arguments follow. SIGINT and SIGTERM end all children first; what
-    then stands in `options.out` under a name without `.part` is whole. Raises `ChildFailed`, alone
-    or in an `ExceptionGroup`.
+    then stands in `options.out` is whole, unless its name ends in `.part` or begins with a dot.
+    Raises `ChildFailed`, alone or in an `ExceptionGroup`.
     """
     return run_interruptibly(_conduct(options, (*command,), environment, screen))
 

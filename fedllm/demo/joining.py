@@ -76,7 +76,9 @@ class _Silo:
                 update = learner.arrays()
                 recipe = assignment.recipe
                 weight = recipe.steps * recipe.batch
-                await task.submit(update, weight=weight, metrics={"loss": loss})
+                verdict = await task.submit(update, weight=weight, metrics={"loss": loss})
+                if not verdict.accepted:
+                    self._report(Said(f"not taken in round {task.round}: {verdict.reason}"))
             return silo.final
 
     async def _train(self, round: int, assignment: Assignment) -> float:

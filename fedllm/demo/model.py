@@ -20,16 +20,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fedllm.demo.preflight import BaseModelError
 from fedllm.demo.publish import publish
 from fedllm.demo.text import Document
 from fedllm.demo.training import LONGEST_WINDOW_TOKENS, Recipe, encode, train
-from fedllm.errors import FedError
 
 END_OF_TEXT = "<|endoftext|>"
-
-
-class BaseModelError(FedError):
-    """The base model cannot be loaded."""
 
 
 @dataclass(frozen=True)

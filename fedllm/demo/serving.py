@@ -1,11 +1,14 @@
 """`python -m fedllm serve`: average what silos train, round by round, and write the result."""
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from aiordma import ChannelError
 from fedllm import History, RoundResult, Server
+from fedllm.checkpoint import save_checkpoint
 from fedllm.demo.events import Listening, Report, RoundDone, Said, SiloRow, Wrote
 from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
@@ -33,29 +36,34 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions, report: Report) -> None:
-    """Serve a whole run, then write the averaged adapter (or model) to `out/federated`.
+    """Serve a run, and write the averaged adapter (or model) to `out/federated` when it ends.
 
-    `out/metrics.jsonl` gets a line as each round ends. SIGINT and SIGTERM end the run; nothing but
-    those lines is then written.
+    Also when it ends early, by SIGINT, SIGTERM or an error, if a round had succeeded. As each
+    round ends, `out/metrics.jsonl` gets a line, and the weights are saved as `out/checkpoint.json`.
     """
     silence()
     learner = prepare_learner(load_base(options.base), options.mode, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    history = run_interruptibly(_serve(options, learner, report))
-    learner.load(history.weights)
-    learner.save(options.out / "federated")
-    report(Wrote("the federated model", str(options.out / "federated")))
+    run_interruptibly(_serve(options, learner, report))
 
 
-async def _serve(options: ServeOptions, learner: Learner, report: Report) -> History:
+async def _serve(options: ServeOptions, learner: Learner, report: Report) -> None:
     metrics = options.out / "metrics.jsonl"
     metrics.write_text("")
 
-    def on_round(result: RoundResult) -> None:
+    async def on_round(result: RoundResult) -> None:
+        state = {"round": result.round, "mode": options.mode, "fingerprint": learner.fingerprint}
+        await asyncio.to_thread(save_checkpoint, options.out, "checkpoint", result.weights, state)
         event = round_done(result, options.rounds)
         with metrics.open("a") as lines:
             lines.write(metrics_line(event))
         report(event)
+        for silo, outcome in result.outcomes.items():
+            # One whose channel broke is told of by on_silo.
+            if outcome.reason and not isinstance(outcome.error, ChannelError):
+                report(
+                    Said(f"{silo} is {outcome.status} in round {result.round}: {outcome.reason}")
+                )
 
     recipe = Recipe(
         steps=options.steps,
@@ -75,7 +83,20 @@ async def _serve(options: ServeOptions, learner: Learner, report: Report) -> His
     ) as server:
         host, port = await server.start(options.host, options.port, insecure=options.insecure)
         report(Listening(host, port))
-        return await server.run()
+        try:
+            await server.run()
+        finally:
+            _save(options, learner, server.history, report)
+
+
+def _save(options: ServeOptions, learner: Learner, history: History, report: Report) -> None:
+    rounds = len(history.rounds)
+    if not rounds:
+        return
+    learner.load(history.weights)
+    learner.save(options.out / "federated")
+    after = "" if rounds == options.rounds else f", after only {rounds} of {options.rounds} rounds,"
+    report(Wrote(f"the federated model{after}", str(options.out / "federated")))
 
 
 def round_done(result: RoundResult, rounds: int) -> RoundDone:

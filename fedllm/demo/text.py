@@ -260,15 +260,15 @@ def _code_of(source: str) -> str:
 
 
 def _read_written(path: Path) -> Split:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        documents = [(bool(row["held_out"]), Document(row["name"], row["text"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as exc:
+        raise TextError(
+            f"{path}: each line must be a JSON object with name, held_out and text"
+        ) from exc
     if not rows:
         raise TextError(f"{path} is empty")
-    try:
-        documents = [(bool(row["held_out"]), Document(row["name"], row["text"])) for row in rows]
-    except (KeyError, TypeError) as exc:
-        raise TextError(
-            f"{path}: each line must be an object with name, held_out and text"
-        ) from exc
     return Split(
         training=tuple(document for held_out, document in documents if not held_out),
         held_out=tuple(document for held_out, document in documents if held_out),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedllm.demo.arguments import MAX_BATCH, MAX_STEPS
 from fedllm.demo.text import Document
 from fedllm.errors import FedError
 
@@ -37,8 +38,8 @@ class Recipe:
     The bounds are what a silo accepts from a server.
     """
 
-    steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-    batch: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)]
+    batch: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
     block_tokens: Annotated[int, msgspec.Meta(ge=2, le=LONGEST_WINDOW_TOKENS)]
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)]
     warmup_steps: int = 0

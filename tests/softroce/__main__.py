@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from tests.softroce import debian, image, machine, marked
+from tests.softroce import debian, image, machine, marked, source
 from tests.softroce.errors import SoftRoceError
 
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         prepare(is_agreed=options.yes)
         if options.verb == "test":
-            run_marked()
+            run_marked(from_source=options.source)
         if options.verb == "run":
             return run(options)
     except SoftRoceError as exc:
@@ -56,9 +56,16 @@ def prepare(*, is_agreed: bool) -> None:
     print(f"softroce: prepared in {time.monotonic() - started:.0f} s")
 
 
-def run_marked() -> None:
+def run_marked(*, from_source: bool) -> None:
     """Run the marked tests, and say on what they ran."""
-    pyverbs = debian.pyverbs()
+    if from_source:
+        print(
+            "softroce: builds pyverbs from source, about four minutes, unless it is there",
+            flush=True,
+        )
+        pyverbs: debian.Pyverbs | source.Pyverbs = source.build(image.cache_folder())
+    else:
+        pyverbs = debian.pyverbs()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
@@ -93,7 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--yes", action="store_true", help="install without asking")
     verbs.add_parser("prepare", parents=[common], help="install and make what is missing")
-    verbs.add_parser("test", parents=[common], help="run the tests that are marked `verbs`")
+    test = verbs.add_parser("test", parents=[common], help="run the tests that are marked `verbs`")
+    test.add_argument(
+        "--source",
+        action="store_true",
+        help=f"with pyverbs {source.VERSION} of PyPI, built with all of rdma-core, not with Debian's",
+    )
     one = verbs.add_parser("run", parents=[common], help="run a command on one node or two")
     one.add_argument("--nodes", type=int, choices=(1, 2), default=1)
     one.add_argument("--netem", default="", help="tc-netem(8), each way: 'delay 10ms loss 0.1%%'")

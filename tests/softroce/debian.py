@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -61,10 +62,10 @@ def require_debian() -> None:
         )
 
 
-def missing_packages() -> list[str]:
-    """Those of PACKAGES that are not installed."""
+def missing_packages(wanted: Sequence[str] = PACKAGES) -> list[str]:
+    """Those that are not installed."""
     done = subprocess.run(
-        ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *PACKAGES],
+        ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *wanted],
         capture_output=True,
         text=True,
         check=False,  # it fails where one of them is unknown, and lists the others
@@ -72,7 +73,7 @@ def missing_packages() -> list[str]:
     installed = {
         line.split()[0] for line in done.stdout.splitlines() if line.endswith(" installed")
     }
-    return [name for name in PACKAGES if name not in installed]
+    return [name for name in wanted if name not in installed]
 
 
 def update_lists() -> None:
@@ -82,6 +83,8 @@ def update_lists() -> None:
 
 def install(packages: list[str]) -> None:
     """Install the packages, with what they depend on."""
+    if not packages:
+        return
     _apt("apt-get", "install", "--yes", "--quiet=2", "--no-install-recommends", *packages)
 
 

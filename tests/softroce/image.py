@@ -25,6 +25,8 @@ MODULES: Final = (
     "rdma_ucm",
     "veth",
     "sch_netem",
+    "sch_prio",
+    "cls_u32",
 )
 _HERE: Final = Path(__file__).parent
 _INIT: Final = _HERE / "guest" / "init.sh"

@@ -2,14 +2,20 @@
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from fedllm.adapters import lora_arrays
 from tests import softroce
 from tests.softroce import debian, machine
 
@@ -39,6 +45,48 @@ def test_writes_cross_a_slow_and_lossy_network(tmp_path):
     assert result["bytes"] == 1 << 20
     assert 0.02 <= result["round_trip_s"]
     assert machines() == before
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A LoRA state dict as peft makes it, for silos that have neither torch nor peft."""
+    base = GPT2LMHeadModel(GPT2Config(n_embd=128, n_layer=4, n_head=4, vocab_size=1024))
+    settings = LoraConfig(r=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+    arrays: Any = lora_arrays(get_peft_model(base, settings))
+    np.savez(tmp_path / "start.npz", **arrays)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_round_over_verbs_equals_the_same_over_tcp_bit_for_bit(start):
+    """Across a slow and lossy network."""
+    results = rounds_across(start, netem="delay 10ms loss 0.1%")
+    assert results["tcp"]["digest"] == results["any"]["digest"]
+    assert results["tcp"]["bytes"] == results["any"]["bytes"] > 500_000
+    assert all(
+        reason.startswith("verbs: rxe0/1, RoCE v2 10.77.0.") for reason in results["any"]["lanes"]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_where_roce_is_blocked_it_comes_up_over_tcp_and_says_why(start):
+    results = rounds_across(start, environment={"BLOCK": "1"})
+    assert results["tcp"]["digest"] == results["any"]["digest"]
+    for reason in results["any"]["lanes"]:
+        assert reason.startswith("tcp: the ")
+        assert re.search(r"no packet got through .* UDP port 4791", reason)
+
+
+def rounds_across(out, netem="", environment=None):
+    softroce.run(
+        [sys.executable, "-m", "tests.softroce.round_across"],
+        nodes=2,
+        netem=netem,
+        environment={**debian.pyverbs().share(out), **(environment or {})},
+        out=out,
+        timeout_s=240,
+    ).check()
+    return json.loads((out / "rounds.json").read_text())
 
 
 def test_a_command_that_fails_on_one_node_ends_both(monkeypatch):

@@ -22,7 +22,7 @@ async def test_tensors_arrive_whole_both_ways(record_property):
         for channel in (near, far):
             (lane,) = channel.lanes
             assert lane.kind == "verbs"
-            assert re.match(r"verbs: rxe0/1, RoCE v2 10\.77\.0\.1, MTU \d+$", lane.reason)
+            assert re.match(r"verbs: \S+/\d+, (RoCE v2|InfiniBand) \S+, MTU \d+$", lane.reason)
         for one, other in ((near, far), (far, near)):
             array = noise(SIZE, seed=3)
             _, got = await asyncio.gather(one.send_tensor(array, confirm=True), other.recv_tensor())
@@ -143,3 +143,27 @@ async def test_at_most_one_completion_for_four_chunks_and_one_doorbell_a_batch()
         assert len(chunks) == 128
         assert sum(frame.is_signalled for frame in frames) <= len(chunks) / 4
         assert len(batches) <= len(chunks) / 2
+
+
+async def test_more_queue_pairs_than_one_completion_queue_has_room_for():
+    """Overflow would be fatal to all of them: a second queue is added before."""
+    before = resources()
+    config = ChannelConfig(slot_bytes=4096, slots=4, lanes=16, probe_s=10)
+    async with pair(config, require="verbs") as (near, far):
+        assert resources()["qp"] == before["qp"] + 32
+        assert resources()["cq"] >= before["cq"] + 2
+        await usable(near, far)
+
+
+async def test_two_event_loops_have_a_device_each():
+    """One in a thread of its own: neither sees the other's completions."""
+
+    async def converse() -> int:
+        async with pair(require="verbs") as (near, far):
+            await usable(near, far)
+            return resources()["ctx"]
+
+    async with pair(require="verbs") as (near, far):
+        contexts = resources()["ctx"]
+        assert await asyncio.to_thread(asyncio.run, converse()) == contexts + 1
+        await usable(near, far)

@@ -10,20 +10,27 @@ ibv_create_qp_ex(3), ibv_modify_qp(3), ibv_reg_mr(3), ibv_bind_mw(3), ibv_wr_pos
 from __future__ import annotations
 
 import contextlib
-from typing import Final
 
 from aiordma.lanes.choice import Choice
+from aiordma.lanes.needs import needs
 from aiordma.lanes.outbox import Outbox, Sources
-from aiordma.lanes.rdma import EXTRA_RECEIVES, RdmaLane
-from aiordma.lanes.verbs.device import Device, survey
+from aiordma.lanes.rdma import RdmaLane
+from aiordma.lanes.verbs.api import refused
+from aiordma.lanes.verbs.device import Device, describe, fork_support, names, survey
 from aiordma.lanes.verbs.queue_pair import VerbsQueuePair
 from aiordma.ring import Ring
 from aiordma.wire.hello import Limits
 
-__all__ = ["Device", "VerbsQueuePair", "open_lane", "survey"]
-
-_QUEUE_SLACK: Final = 160
-"""Send work requests beyond two a slot of the peer's: for chunks of many pieces."""
+__all__ = [
+    "Device",
+    "VerbsQueuePair",
+    "describe",
+    "fork_support",
+    "names",
+    "open_lane",
+    "refused",
+    "survey",
+]
 
 
 def open_lane(
@@ -33,15 +40,15 @@ def open_lane(
 
     Raises `LaneRefused`, or `Busy` if the memory budget has no room for what it sends from.
     """
-    depth, receives = 2 * peer.slots + _QUEUE_SLACK, ring.slots + peer.slots + EXTRA_RECEIVES
-    stages = Ring(peer.slots + max(2, peer.slots // 2), peer.slot_bytes)
+    asked = needs(ring.slots, ring.slot_bytes, peer.slots, peer.slot_bytes)
+    stages = Ring(asked.stages, peer.slot_bytes)
     with contextlib.ExitStack() as undo:
         undo.callback(stages.close)
-        pair = VerbsQueuePair(device, choice, ring, stages, depth, receives)
+        pair = VerbsQueuePair(device, choice, ring, stages, asked.sends, asked.receives)
         undo.pop_all()
     outbox = Outbox(
         Sources(stages, pair.stage, pair.find),
-        depth=depth,
+        depth=asked.sends,
         peer_slots=peer.slots,
         peer_slot_bytes=peer.slot_bytes,
     )

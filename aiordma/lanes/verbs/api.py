@@ -21,7 +21,7 @@ try:
     from pyverbs.base import inc_rkey
     from pyverbs.cq import CQ, CompChannel
     from pyverbs.device import Context, get_device_list
-    from pyverbs.fork import fork_init
+    from pyverbs.fork import fork_init, is_fork_initialized
     from pyverbs.mr import MR, MW, MWBindInfo
     from pyverbs.pd import PD
     from pyverbs.pyverbs_error import PyverbsError, PyverbsRDMAError
@@ -48,6 +48,7 @@ __all__ = [
     "Context",
     "GlobalRoute",
     "MWBindInfo",
+    "PyverbsError",
     "PyverbsRDMAError",
     "QPAttr",
     "QPCap",
@@ -59,6 +60,7 @@ __all__ = [
     "fork_init",
     "get_device_list",
     "inc_rkey",
+    "is_fork_initialized",
     "pin",
     "refused",
 ]

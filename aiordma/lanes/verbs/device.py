@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from aiordma.lanes.choice import Gid, Port
+from aiordma.errors import RegistrationError
+from aiordma.lanes.choice import DeviceFacts, Gid, Port
 from aiordma.lanes.completion import Completion, CompletionPump
+from aiordma.lanes.needs import COMPLETIONS
 from aiordma.lanes.registry import Registry
 from aiordma.lanes.verbs import api
 from aiordma.lanes.verbs.api import enums
@@ -26,19 +28,52 @@ _open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Device]] =
 """Each loop's devices that are in use, by name."""
 
 
+def names() -> list[str]:
+    """The devices that libibverbs has a driver for, in its order. Raises `LaneRefused`."""
+    with api.refused("cannot look at the RDMA devices"):
+        return [device.name.decode() for device in api.get_device_list()]
+
+
 def survey() -> list[Port]:
     """All ports of all devices, in the order of libibverbs. Raises `LaneRefused` if they cannot be opened."""
-    ports = []
-    with api.refused("cannot look at the RDMA devices"):
-        for device in api.get_device_list():
-            name = device.name.decode()
-            context = api.Context(name=name)
-            try:
-                count = context.query_device().phys_port_cnt
-                ports += [_port(context, name, number) for number in range(1, count + 1)]
-            finally:
-                context.close()
-    return ports
+    return [port for name in names() for port in describe(name).ports]
+
+
+def describe(name: str) -> DeviceFacts:
+    """One device and its ports. Raises `LaneRefused` if it cannot be opened, or vanishes."""
+    with (
+        api.refused(f"cannot open the RDMA device {name}"),
+        contextlib.closing(api.Context(name=name)) as context,
+    ):
+        found = context.query_device()
+        return DeviceFacts(
+            name=name,
+            firmware=found.fw_version,
+            ports=tuple(
+                _port(context, name, number) for number in range(1, found.phys_port_cnt + 1)
+            ),
+            has_windows=_has_windows(found),
+            max_region_bytes=found.max_mr_size,
+            max_queue_pairs=found.max_qp,
+            max_work_requests=found.max_qp_wr,
+            max_completions=found.max_cqe,
+        )
+
+
+def fork_support() -> str:
+    """Whether registered memory survives a fork: "enabled", "unneeded" (the kernel sees to it) or "disabled".
+
+    See ibv_is_fork_initialized(3). Raises `LaneRefused` if it cannot be had.
+    """
+    with api.refused("no fork support"):
+        api.fork_init()
+        kinds = {enums.IBV_FORK_ENABLED: "enabled", enums.IBV_FORK_UNNEEDED: "unneeded"}
+        return kinds.get(api.is_fork_initialized(), "disabled")
+
+
+def _has_windows(found: Any) -> bool:
+    windows = enums.IBV_DEVICE_MEM_WINDOW_TYPE_2A | enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B
+    return bool(found.device_cap_flags & windows)
 
 
 def _port(context: Any, device: str, number: int) -> Port:
@@ -54,7 +89,7 @@ def _port(context: Any, device: str, number: int) -> Port:
         state=_PORT_STATES[found.state],
         is_ethernet=found.link_layer == enums.IBV_LINK_LAYER_ETHERNET,
         lid=found.lid,
-        mtu_bytes=api.MTU_BYTES[found.active_mtu],
+        mtu_bytes=api.MTU_BYTES.get(found.active_mtu, 0),
         gids=gids,
     )
 
@@ -70,14 +105,16 @@ class Device:
             api.fork_init()
             self.context = api.Context(name=name)
             undo.callback(self.context.close)
-            flags = self.context.query_device().device_cap_flags
-            windows = enums.IBV_DEVICE_MEM_WINDOW_TYPE_2A | enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B
-            self.has_windows = bool(flags & windows)
+            attributes = self.context.query_device()
+            self.has_windows = _has_windows(attributes)
+            self.max_region_bytes: int = attributes.max_mr_size
             self.pd = api.PD(self.context)
             undo.callback(self.pd.close)
-            self.pump = CompletionPump(lambda entries: _Queue(self.context, entries))
+            self.pump = CompletionPump(
+                lambda entries: _Queue(self.context, entries), queue_entries=COMPLETIONS
+            )
             self.registry = Registry(
-                lambda at, size: api.pin(self.pd, at, size, 0), registered_bytes
+                lambda at, size: self.pin(self.pd, at, size, 0), registered_bytes
             )
             undo.pop_all()
 
@@ -90,6 +127,15 @@ class Device:
         opened[name]._users += 1
         return opened[name]
 
+    def pin(self, pd: Any, address: int, nbytes: int, access: int) -> Any:
+        """Register memory. Raises `RegistrationError`."""
+        if nbytes > self.max_region_bytes:
+            raise RegistrationError(
+                f"{nbytes} bytes are more than {self.name} registers at once ({self.max_region_bytes}): use smaller "
+                "slots, or send the tensor unregistered, through the ring"
+            )
+        return api.pin(pd, address, nbytes, access)
+
     async def release(self) -> None:
         """The last user closes it, and with it goes what is registered."""
         self._users -= 1
@@ -98,8 +144,13 @@ class Device:
         del _open[asyncio.get_running_loop()][self.name]
         self.registry.clear()
         await self.pump.aclose()
-        self.pd.close()
-        self.context.close()
+        try:
+            self.pd.close()
+            self.context.close()
+        except api.PyverbsError as exc:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"{self.name} could not be closed", "exception": exc}
+            )
 
 
 class _Queue:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import math
@@ -143,8 +144,14 @@ class VerbsQueuePair:
 
     async def aclose(self) -> None:
         """Destroy the queue pair first: then nothing reads or writes the rest."""
-        self._owned.close()
-        await self._device.release()
+        try:
+            self._owned.close()
+        except api.PyverbsError as exc:  # a device that is gone has let go of all of it
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"{self.name} could not be destroyed", "exception": exc}
+            )
+        finally:
+            await self._device.release()
 
     @contextlib.contextmanager
     def _posting(self) -> Iterator[Any]:
@@ -195,9 +202,9 @@ class _Memory:
             self.pd = api.PD(device.context)
             owned.callback(self.pd.close)
             access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
-        self.ring = api.pin(self.pd, address_of(ring.memory), ring.memory.nbytes, access)
+        self.ring = device.pin(self.pd, address_of(ring.memory), ring.memory.nbytes, access)
         owned.callback(self.ring.close)
-        pinned = api.pin(self.pd, self._stages_at, stages.memory.nbytes, 0)
+        pinned = device.pin(self.pd, self._stages_at, stages.memory.nbytes, 0)
         owned.callback(pinned.close)
         self._stages_key: int = pinned.lkey
         self.key: int = self.ring.rkey

@@ -1,0 +1,167 @@
+"""`python -m fedllm serve`: what it finds wrong before it loads torch, and what it leaves when a run ends early."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import fedllm
+from fedllm.__main__ import main
+from fedllm.adapters import full_arrays
+from fedllm.checkpoint import load_checkpoint
+from fedllm.demo import arguments
+from fedllm.demo.events import Event, Listening, RoundDone, Wrote
+from fedllm.demo.joining import _assignment
+from fedllm.demo.learner import Learner, prepare_learner
+from fedllm.demo.model import Base, load_base, train_tokenizer
+from fedllm.demo.serving import ServeOptions, _serve
+
+ROOT = Path(__file__).parent.parent
+SILO = ["--name", "a", "--text", "docstrings"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve", "--base", "b", "--port", "65536"], "--port: 65536 is above 65535"),
+        (["serve", "--base", "b", "--port", "-1"], "--port: -1 is negative"),
+        (["serve", "--base", "b", "--batch", "4097"], "--batch: 4097 is above 4096"),
+        (["demo", "--steps", "1000001"], "--steps: 1000001 is above 1000000"),
+        (["join", "--base", "b", *SILO, "--server", "h:65536"], "65536 is above 65535"),
+    ],
+)
+def test_a_figure_that_no_silo_or_network_takes_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in capsys.readouterr().err
+
+
+def test_a_silo_takes_what_the_command_line_does():
+    recipe = {"block_tokens": 2, "learning_rate": 1.0}
+    for steps, batch in ((arguments.MAX_STEPS, 1), (1, arguments.MAX_BATCH)):
+        asked = {"recipe": {**recipe, "steps": steps, "batch": batch}, "seed": 0}
+        assert _assignment(asked).recipe.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["serve", "--base", "typo"], "no base model at 'typo': there is no such folder"),
+        (["join", "--base", "./a/typo", "--server", "h:1", *SILO], "no base model at './a/typo'"),
+        (["demo", "--model", "typo"], "no base model at 'typo'"),
+        (["serve", "--base", ".", "--host", "0.0.0.0"], "or add --insecure on a network that"),
+        (["serve", "--base", ".", "--min-silos", "100001"], "min_silos must be a whole number"),
+    ],
+)
+def test_what_cannot_work_is_told_before_torch_is_loaded(words: list[str], complaint: str):
+    program = (
+        "import sys; sys.modules['torch'] = None; import fedllm.__main__ as m; sys.exit(m.main())"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (child.returncode, child.stdout) == (1, "")
+    assert child.stderr.startswith("fedllm: ")
+    assert child.stderr.count("\n") == 1
+    assert complaint in child.stderr
+
+
+# A run that ends early
+
+
+@pytest.fixture
+def learner() -> Learner:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, 300)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return prepare_learner(Base(GPT2LMHeadModel(config), tokenizer), "full", seed=0)
+
+
+def options(out: Path) -> ServeOptions:
+    return ServeOptions(
+        base="", mode="full", out=out, host="127.0.0.1", port=0, insecure=False, rounds=3,
+        min_silos=1, deadline=None, steps=1, batch=1, lr=1e-3, seed=0,
+    )  # fmt: skip
+
+
+async def add_one(address: tuple[str, int], learner: Learner, rounds: int) -> None:
+    """A silo that adds 1 to all weights in so many rounds, and then has nothing to give."""
+    async with fedllm.join(*address, name="a", fingerprint=learner.fingerprint) as silo:
+        async for task in silo.rounds():
+            if task.round <= rounds:
+                update = {name: array + np.float32(1) for name, array in task.weights.items()}
+                await task.submit(update, weight=1)
+
+
+class Stage:
+    """Hears what `serve` reports, and lets one silo take part."""
+
+    def __init__(self, learner: Learner, out: Path, *, rounds: int) -> None:
+        self.heard: list[Event] = []
+        self.serving = asyncio.ensure_future(_serve(options(out), learner, self.hear))
+        self.silo: asyncio.Future[None] | None = None
+        self._learner = learner
+        self._rounds = rounds
+        self.is_round_done = asyncio.Event()
+
+    def hear(self, event: Event) -> None:
+        self.heard.append(event)
+        if isinstance(event, Listening):
+            joining = add_one((event.host, event.port), self._learner, self._rounds)
+            self.silo = asyncio.ensure_future(joining)
+        elif isinstance(event, RoundDone):
+            self.is_round_done.set()
+
+    async def end(self) -> BaseException | None:
+        """What ended the server."""
+        async with asyncio.timeout(10):
+            [error] = await asyncio.gather(self.serving, return_exceptions=True)
+            if self.silo is not None:
+                await asyncio.gather(self.silo, return_exceptions=True)
+        return error
+
+
+@pytest.mark.parametrize("end", ["quorum", "signal", "no round"])
+async def test_a_run_that_ends_early_leaves_the_model_that_it_has(
+    end: str, learner: Learner, tmp_path: Path
+):
+    before = {name: array.copy() for name, array in learner.arrays().items()}
+    stage = Stage(learner, tmp_path, rounds=0 if end == "no round" else 2)
+    if end == "signal":
+        await stage.is_round_done.wait()
+        stage.serving.cancel()  # what `run_interruptibly` does
+    error = await stage.end()
+    kind = asyncio.CancelledError if end == "signal" else fedllm.QuorumNotReached
+    assert isinstance(error, kind)
+    wrote = [event for event in stage.heard if isinstance(event, Wrote)]
+    federated = tmp_path / "federated"
+    if end == "no round":
+        assert wrote == []
+        assert not federated.exists()
+        return
+    rounds = sum(isinstance(event, RoundDone) for event in stage.heard)
+    what = f"the federated model, after only {rounds} of 3 rounds,"
+    assert wrote == [Wrote(what, str(federated))]
+    for name, array in full_arrays(load_base(str(federated)).model).items():
+        np.testing.assert_allclose(array, before[name] + rounds, rtol=1e-5)
+
+
+async def test_each_round_is_saved_as_it_ends(learner: Learner, tmp_path: Path):
+    before = {name: array.copy() for name, array in learner.arrays().items()}
+    stage = Stage(learner, tmp_path, rounds=3)
+    await stage.is_round_done.wait()
+    weights, state = load_checkpoint(tmp_path, "checkpoint")
+    assert state == {"round": 1, "mode": "full", "fingerprint": learner.fingerprint}
+    for name, array in weights.items():
+        np.testing.assert_array_equal(array, before[name] + np.float32(1))
+    assert await stage.end() is None
+    assert load_checkpoint(tmp_path, "checkpoint")[1]["round"] == 3
+    assert stage.heard[-1] == Wrote("the federated model", str(tmp_path / "federated"))
