@@ -95,19 +95,29 @@ def run(options: argparse.Namespace, say: Say, progress: Say) -> int:
         return 0
     if options.fedrdma:
         fed = asyncio.run(fedrdma.measure(_fed_plan(options), progress))
-        return _conclude(options, fed, fedrdma_report.text(fed), say)
+        is_whole = not any(row.error for row in fed.rows)
+        return _conclude(options, fed, fedrdma_report.text(fed), say, is_whole=is_whole)
     if options.lane == "verbs":
         found = asyncio.run(lane.measure(_lane_plan(options), progress))
-        return _conclude(options, found, lane_report.text(found), say)
+        is_whole = not found.failed
+        return _conclude(options, found, lane_report.text(found), say, is_whole=is_whole)
     findings = asyncio.run(measure(_plan(options), progress))
     return _conclude(options, findings, report.text(findings), say)
 
 
-def _conclude(options: argparse.Namespace, findings: msgspec.Struct, text: str, say: Say) -> int:
+def _conclude(
+    options: argparse.Namespace,
+    findings: msgspec.Struct,
+    text: str,
+    say: Say,
+    *,
+    is_whole: bool = True,
+) -> int:
+    """Exit status 1 if some figures are missing, since what should give them failed."""
     say(text.rstrip("\n"))
     if options.json is not None:
         options.json.write_bytes(report.as_json(findings))
-    return 0
+    return 0 if is_whole else 1
 
 
 def _plan(options: argparse.Namespace) -> Plan:

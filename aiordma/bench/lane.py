@@ -7,8 +7,9 @@ from typing import Final, Literal
 
 import msgspec
 
-from aiordma import ConfigError
+from aiordma import AiordmaError, ConfigError
 from aiordma.bench import perftest
+from aiordma.bench.errors import BenchError, CorruptTransfer
 from aiordma.bench.far import Open
 from aiordma.bench.near import Address, Far, Link, Sample, far_end
 from aiordma.bench.payload import Buffer, source
@@ -66,13 +67,15 @@ class LaneFindings(msgspec.Struct, frozen=True):
     path: str
     """What the lane ran on."""
     rows: list[LaneRow]
+    failed: list[str] = []
+    """Sizes that have no figures, and why."""
 
 
 async def measure(plan: LanePlan, progress: Progress) -> LaneFindings:
     """Carry the plan out; `progress` gets a line now and then.
 
     Raises `ConfigError`, an `AiordmaError` that says why there are no RDMA lanes, `BenchError` without perftest,
-    and `CorruptTransfer` if a single byte arrived wrong.
+    and `CorruptTransfer` if a single byte arrived wrong. A size at which something else fails is in `failed`.
     """
     for size in plan.sizes:
         if size < 64 or plan.total_bytes % size or plan.total_bytes // size < _LEAST_ITERATIONS:
@@ -81,6 +84,7 @@ async def measure(plan: LanePlan, progress: Progress) -> LaneFindings:
                 f"{_LEAST_ITERATIONS}: choose --total and --sizes so that they are"
             )
     rows: list[LaneRow] = []
+    failed: list[str] = []
     path = ""
     async with far_end(plan.peer, plan.stall_s) as far:
         for size in plan.sizes:
@@ -89,8 +93,13 @@ async def measure(plan: LanePlan, progress: Progress) -> LaneFindings:
                 perftest.require_tool()
                 path = link.channel.lanes[0].reason
                 progress(f"{size:,} bytes a message: {plan.rounds} rounds")
-                rows += await _measure_size(plan, size, far, link)
-    return LaneFindings(plan, describe_host(), path, rows)
+                try:
+                    rows += await _measure_size(plan, size, far, link)
+                except CorruptTransfer:
+                    raise
+                except (AiordmaError, BenchError) as exc:
+                    failed.append(f"{size:,} bytes a message: {exc}")
+    return LaneFindings(plan, describe_host(), path, rows, failed)
 
 
 async def _measure_size(plan: LanePlan, size: int, far: Far, link: Link) -> list[LaneRow]:

@@ -44,6 +44,7 @@ def text(findings: LaneFindings) -> str:
         "",
         *table(_HEAD, [_cells(row) for row in findings.rows]),
         "",
+        *(f"Failed: {reason}" for reason in findings.failed),
         _HOW,
     ]
     return "\n".join(lines) + "\n"

@@ -156,7 +156,9 @@ async def test_a_way_that_fails_has_its_reason_in_the_report(monkeypatch):
 def test_the_tables_have_every_figure():
     spread = Spread(40e0, 30e0, 50e0)
     row = LaneRow(1 << 16, "ring", spread, Spread(80, 70, 90), Spread(0.5, 0.4, 0.6), 3, 4, 0, 0, 9)
-    text = lane_report.text(LaneFindings(LanePlan(), {"cpus": "2"}, REASON, [row]))
+    findings = LaneFindings(LanePlan(), {"cpus": "2"}, REASON, [row], ["1 byte: it broke"])
+    text = lane_report.text(findings)
+    assert "Failed: 1 byte: it broke" in text
     ours = (
         "64 KiB   ring  40.00 (30.00..50.00)  80.00 (70.00..90.00)  0.50 (0.40..0.60)  3.00 + 4.00"
     )
