@@ -221,9 +221,10 @@ class _Memory:
 def timeout_exponent(rtt_s: float) -> int:
     """How long a queue pair waits for an acknowledgement, as ibv_modify_qp(3) has it: 4.096 us << n.
 
-    At least 67 ms, and four round trips: below the round trip it would send everything several times.
+    Four round trips: below one it would send everything several times. At least a quarter of a second: a peer whose
+    processors are busy answers late, and all retries together must outlast that.
     """
-    wanted_s = max(0.067, 4 * rtt_s)
+    wanted_s = max(0.25, 4 * rtt_s)
     return min(21, math.ceil(math.log2(wanted_s / 4.096e-6)))
 
 
