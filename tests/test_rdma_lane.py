@@ -330,5 +330,34 @@ async def test_nothing_goes_out_after_the_end(ends):
     assert asyncio.get_running_loop().time() - begun < 0.4
     await until(lambda: right.told("lost"))
     assert right.events == [("lost", None)]
+    assert left.queue_pair.counts.frames == 1
     left.lane.credit(2)
     await turns(3)
+
+
+async def test_credits_while_the_end_is_under_way_are_not_sent(ends):
+    left, right = (end.start() for end in ends)
+    await turns(3)
+    left.queue_pair.wire.hold()
+    closing = asyncio.create_task(left.lane.aclose())
+    await until(lambda: left.queue_pair.counts.frames)
+    left.lane.credit(1)
+    await turns(3)
+    assert left.queue_pair.counts.frames == 1
+    left.queue_pair.wire.hold(False)
+    await closing
+    await until(lambda: right.told("lost"))
+    assert right.events == [("lost", None)]
+
+
+async def test_an_end_that_does_not_arrive_is_not_waited_for_when_the_peer_has_gone_too(ends):
+    left, right = (end.start() for end in ends)
+    await turns(3)
+    left.queue_pair.wire.hold()
+    closing = asyncio.create_task(left.lane.aclose())
+    await until(lambda: left.queue_pair.counts.frames)
+    begun = asyncio.get_running_loop().time()
+    await right.lane.aclose()
+    await closing
+    assert asyncio.get_running_loop().time() - begun < 0.4
+    assert not left.events
