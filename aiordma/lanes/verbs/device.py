@@ -102,7 +102,8 @@ class Device:
         self.name = name
         self._users = 0
         with contextlib.ExitStack() as undo, api.refused(f"cannot open the RDMA device {name}"):
-            api.fork_init()
+            with contextlib.suppress(api.PyverbsRDMAError):
+                api.fork_init()  # too late, if another library of this process has used a device before
             self.context = api.Context(name=name)
             undo.callback(self.context.close)
             attributes = self.context.query_device()
