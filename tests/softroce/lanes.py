@@ -11,7 +11,7 @@ import aiordma
 from aiordma import Channel, ChannelConfig
 from aiordma.endpoint import LaneKind
 
-CONFIG = ChannelConfig(slot_bytes=1 << 16, probe_s=10)
+CONFIG = ChannelConfig(slot_bytes=1 << 16, probe_s=20, connect_timeout_s=60)
 """The probe's time is that of an emulated processor."""
 SIZE = (2 << 20) + 100
 

@@ -233,8 +233,8 @@ async def main():
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
     setattr(owner, method, die)
-    config = aiordma.ChannelConfig(slot_bytes=1 << 16, probe_s=10)
-    async with aiordma.connect("127.0.0.1", port, config=config, require="verbs") as channel:
+    config = aiordma.ChannelConfig(slot_bytes=1 << 16, probe_s=20)
+    async with aiordma.connect("127.0.0.1", port, config=config, require="verbs", timeout_s=60) as channel:
         array = np.ones(8 << 20, np.uint8)
         channel.register(array)
         await channel.send_tensor(array)
@@ -243,19 +243,24 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "after", "had_channel"),
-    [
-        ("aiordma.path", "RdmaPath.open", 0, False),
-        ("aiordma.lanes.verbs", "VerbsQueuePair.connect", 0, False),
-        ("aiordma.lanes.rdma", "RdmaLane.expose", 0, False),
-        ("aiordma.path", "RdmaPath.probe", 0, False),
-        ("aiordma.lanes.verbs", "VerbsQueuePair.submit", 4, True),
-        ("aiordma.lanes.verbs", "VerbsQueuePair.fail", 0, True),
-    ],
-)
-async def test_a_peer_that_is_killed(module, name, after, had_channel):
-    """In HELLO, INIT, RTR, while it probes, amid a transfer, and while it closes."""
+# Module, function, how many calls go well, and whether there was a channel by then.
+DEATHS = {
+    "HELLO": ("aiordma.path", "RdmaPath.open", 0, False),
+    "INIT": ("aiordma.lanes.verbs", "VerbsQueuePair.connect", 0, False),
+    "RTS": ("aiordma.lanes.rdma", "RdmaLane.expose", 0, False),
+    "the probe": ("aiordma.path", "RdmaPath.probe", 0, False),
+    "a transfer": ("aiordma.lanes.verbs", "VerbsQueuePair.submit", 4, True),
+    "closing": ("aiordma.lanes.verbs", "VerbsQueuePair.fail", 0, True),
+}
+
+
+@pytest.mark.timeout(300)
+async def test_peers_that_are_killed_in_every_state():
+    """At once, since this kernel takes most of a minute to clean up after some of them."""
+    await asyncio.gather(*(_outlive(*death) for death in DEATHS.values()))
+
+
+async def _outlive(module: str, name: str, after: int, had_channel: bool) -> None:
     async with aiordma.listen(config=CONFIG) as listener:
         async with program(_DOOMED, listener.address[1], module, name, after) as doomed:
             if had_channel:
