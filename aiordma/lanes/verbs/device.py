@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import aiordma.lanes.verbs.api as api
 from aiordma.errors import RegistrationError
 from aiordma.lanes.choice import DeviceFacts, Gid, Port
 from aiordma.lanes.completion import Completion, CompletionPump
 from aiordma.lanes.needs import COMPLETIONS
 from aiordma.lanes.registry import Registry
-from aiordma.lanes.verbs import api
 from aiordma.lanes.verbs.api import enums
 
 _GID_KINDS: Final = ("InfiniBand", "RoCE v1", "RoCE v2")

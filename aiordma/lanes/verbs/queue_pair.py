@@ -10,12 +10,12 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+import aiordma.lanes.verbs.api as api
 from aiordma.lanes.choice import Choice
 from aiordma.lanes.completion import Completion
 from aiordma.lanes.outbox import Frame, Piece
 from aiordma.lanes.registry import address_of
 from aiordma.lanes.statuses import explain
-from aiordma.lanes.verbs import api
 from aiordma.lanes.verbs.api import enums
 from aiordma.lanes.verbs.device import Device
 from aiordma.ring import Ring, slot_offset
