@@ -78,7 +78,7 @@ class RdmaPath:
         verbs, name = _verbs(), self.choice.port.device
         for ring in rings:
             device = verbs.Device.open(name, registered_bytes=config.registered_bytes)
-            self.registry = device.registry
+            self.registry = device.registry if device.has_windows else None
             try:
                 pair, lane = verbs.open_lane(device, self.choice, ring, peer)
             except BaseException:

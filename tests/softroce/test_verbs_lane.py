@@ -168,3 +168,17 @@ async def test_two_event_loops_have_a_device_each():
         contexts = resources()["ctx"]
         assert await asyncio.to_thread(asyncio.run, converse()) == contexts + 1
         await usable(near, far)
+
+
+async def test_a_device_without_memory_windows(monkeypatch):
+    """Each lane has a protection domain of its own, and all is sent through the ring."""
+    monkeypatch.setattr("aiordma.lanes.verbs.device._has_windows", lambda attributes: False)
+    before = resources()
+    async with pair(require="verbs") as (near, far):
+        assert resources()["pd"] == before["pd"] + 1 + 2
+        array = noise(SIZE)
+        assert not near.register(array).is_pinned
+        _, got = await asyncio.gather(near.send_tensor(array), far.recv_tensor())
+        assert np.array_equal(got, array)
+        assert near.stats().copied_bytes == SIZE
+        await usable(near, far)
