@@ -14,7 +14,6 @@ import socket
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from pyverbs import enums
 from pyverbs.addr import GID, AHAttr, GlobalRoute
 from pyverbs.base import inc_rkey
 from pyverbs.cq import CQ, WC, CompChannel
@@ -23,6 +22,11 @@ from pyverbs.mr import MR, MW, MWBindInfo
 from pyverbs.pd import PD
 from pyverbs.qp import QPAttr, QPCap, QPEx, QPInitAttrEx
 from pyverbs.wr import SGE, RecvWR
+
+try:
+    from pyverbs import libibverbs_enums as enums
+except ImportError:  # up to version 58
+    from pyverbs import enums
 
 PORT: Final = 1
 DEPTH: Final = 32
