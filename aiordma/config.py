@@ -47,7 +47,8 @@ class ChannelConfig:
     probe_s: float = 2.0
     """How long the path between the devices may take to prove itself, before TCP lanes are used."""
     registered_bytes: int = 1 << 32
-    """The most memory that `Channel.register` keeps pinned on a device, beside the rings."""
+    """The most memory that `Channel.register` keeps pinned on a device, beside the rings. What the first of the
+    channels says that share the device counts for all."""
     messages: int = 256
     """How many messages the peer may send that nobody has received yet."""
     message_bytes: int = 4 << 20

@@ -9,7 +9,7 @@ unpinned when they are done, since they refer to it. ibv_reg_mr(3).
 from __future__ import annotations
 
 import weakref
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -32,12 +32,16 @@ class Region(Protocol):
         """What work requests name it by."""
 
 
+_Key = tuple[int, int, int]
+"""Address, bytes, and the owner's identity."""
+
+
 class _Entry(NamedTuple):
-    start: int
-    nbytes: int
-    owner: int
     region: Region
     watch: weakref.ref[object]
+    memory: memoryview | None
+    """Kept, so that no other memory gets its address while the owner lives: `parameter.data = ...` lets go of it.
+    None if that would keep the owner alive."""
 
 
 class Registry:
@@ -47,13 +51,13 @@ class Registry:
         """`register` pins so many bytes (the second argument) at an address, for reading."""
         self._register = register
         self._limit_bytes = limit_bytes
-        self._entries: OrderedDict[tuple[int, int, int], _Entry] = OrderedDict()
-        self._starts: list[tuple[int, tuple[int, int, int]]] = []
+        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._sorted: list[_Key] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes that are registered."""
-        return sum(entry.nbytes for entry in list(self._entries.values()))
+        return sum(nbytes for _, nbytes, _ in list(self._entries))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -65,7 +69,7 @@ class Registry:
         `RegistrationError` for more than the limit, and for an owner whose end cannot be watched.
         """
         address = address_of(memory)
-        key = (id(owner), address, memory.nbytes)
+        key = (address, memory.nbytes, id(owner))
         if key in self._entries:
             self._entries.move_to_end(key)
             return partial(self._forget, key)
@@ -84,8 +88,8 @@ class Registry:
                 "a numpy array or a torch tensor of it"
             ) from exc
         region = self._register(address, memory.nbytes)
-        self._entries[key] = _Entry(address, memory.nbytes, id(owner), region, watch)
-        insort(self._starts, (address, key))
+        self._entries[key] = _Entry(region, watch, None if _holds(memory, owner) else memory)
+        self._sorted = []
         return partial(self._forget, key)
 
     def find(self, memory: memoryview) -> Piece | None:
@@ -93,21 +97,30 @@ class Registry:
         if not self._entries:
             return None
         address, nbytes = address_of(memory), memory.nbytes
-        last = bisect_right(self._starts, address, key=lambda start: start[0])
-        for _, key in reversed(self._starts[max(0, last - _NEIGHBOURS) : last]):
+        if len(self._sorted) != len(self._entries):
+            self._sorted = sorted(self._entries)
+        last = bisect_right(self._sorted, address, key=lambda key: key[0])
+        for key in reversed(self._sorted[max(0, last - _NEIGHBOURS) : last]):
             entry = self._entries.get(key)
-            if entry is not None and address + nbytes <= entry.start + entry.nbytes:
+            if entry is not None and address + nbytes <= key[0] + key[1]:
                 return Piece(address, nbytes, entry.region.lkey, entry.region)
         return None
 
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
-        self._starts.clear()
 
-    def _forget(self, key: tuple[int, int, int]) -> None:
-        if self._entries.pop(key, None) is not None:
-            self._starts.remove((key[1], key))
+    def _forget(self, key: _Key) -> None:
+        """One step, since it comes from whichever thread drops the owner."""
+        self._entries.pop(key, None)
+
+
+def _holds(memory: memoryview, owner: object) -> bool:
+    """Whether the memory keeps its owner alive."""
+    link: object = memory
+    while link is not None and link is not owner:
+        link = link.obj if isinstance(link, memoryview) else getattr(link, "base", None)
+    return link is owner
 
 
 def address_of(memory: memoryview) -> int:

@@ -87,7 +87,7 @@ def refused(what: str) -> Iterator[None]:
     """Setting something up fails."""
     try:
         yield
-    except PyverbsError as exc:
+    except (PyverbsError, OSError) as exc:
         raise LaneRefused(f"{what}: {exc}") from exc
 
 
