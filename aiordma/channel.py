@@ -148,7 +148,7 @@ class Channel:
         meta: object = None,
         confirm: bool = False,
     ) -> None:
-        """Send tensors as one transfer: without a copy over TCP from host memory, and over RDMA from what is registered.
+        """Send tensors as one transfer: without a copy over TCP from host memory, over RDMA from what is registered.
 
         Takes contiguous numpy arrays, torch tensors, or objects with the buffer protocol or `__dlpack__`, of any
         safetensors dtype; or what `prepare` made of them. `meta` (at most 64 KiB as msgpack) arrives with them.
