@@ -276,7 +276,7 @@ async def _outlive(module: str, name: str, after: int, had_channel: bool) -> Non
                 await usable(near, far)
 
 
-async def test_the_process_may_fork_while_memory_is_registered():
+async def test_other_programs_may_be_run_while_memory_is_registered():
     async with pair(require="verbs") as (near, far):
         array = noise(SIZE)
         near.register(array)
