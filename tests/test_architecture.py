@@ -47,11 +47,15 @@ ROOMS: Mapping[str, str] = {
     "aiordma.stats": "",
     "aiordma.lanes": "",
     "aiordma.lanes.completion": "aiordma.errors",
-    "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames",
+    "aiordma.lanes.signals": "",
+    "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames aiordma.lanes.signals",
+    "aiordma.lanes.probe": "",
+    "aiordma.lanes.rendezvous": "aiordma.errors aiordma.wire.frames aiordma.lanes.outbox",
     "aiordma.lanes.rdma": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
-    " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox",
+    " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox aiordma.lanes.probe"
+    " aiordma.lanes.registry aiordma.lanes.rendezvous",
     "aiordma.lanes.choice": "aiordma.errors",
-    "aiordma.lanes.needs": "aiordma.ring aiordma.lanes.rdma",
+    "aiordma.lanes.needs": "aiordma.ring aiordma.lanes.outbox aiordma.lanes.rdma",
     "aiordma.lanes.registry": "aiordma.errors aiordma.lanes.outbox",
     "aiordma.lanes.statuses": "",
     "aiordma.lanes.verbs": f"{RDMA} aiordma.lanes.verbs.*",
@@ -61,14 +65,14 @@ ROOMS: Mapping[str, str] = {
     "aiordma.pulse": "aiordma.errors",
     "aiordma.queues": "aiordma.errors aiordma.wire.credit",
     "aiordma.chunk": f"aiordma.errors aiordma.tensors {WIRE}",
-    "aiordma.transfer": f"aiordma.errors aiordma.tensors aiordma.chunk {WIRE}",
-    "aiordma.loans": "",
+    "aiordma.transfer": f"aiordma.errors aiordma.tensors aiordma.chunk aiordma.loans {WIRE}",
+    "aiordma.loans": "aiordma.tensors aiordma.lanes.rendezvous",
     "aiordma.registration": "",
     "aiordma.path": "aiordma.errors aiordma.config aiordma.ring aiordma.handshake aiordma.lanes.choice"
     f" aiordma.lanes.rdma aiordma.lanes.registry aiordma.lanes.verbs {WIRE}",
     "aiordma.early": "aiordma.chunk aiordma.wire.frames",
     "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.tensors aiordma.chunk aiordma.transfer"
-    f" aiordma.lanes.base {WIRE}",
+    f" aiordma.lanes.base aiordma.lanes.rendezvous {WIRE}",
     "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.chunk aiordma.control"
     f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early"
     f" aiordma.loans aiordma.port {WIRE}",

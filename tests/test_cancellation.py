@@ -40,6 +40,7 @@ class Case:
     lanes: int
     checksum: bool
     confirm: bool
+    is_registered: bool
     slot_bytes: int
     slots_64th: int
 
@@ -47,6 +48,12 @@ class Case:
     def nbytes(self) -> int:
         """Of a transfer."""
         return min(self.slot_bytes * self.slots_64th // 64, 4 << 20)
+
+    def memory(self, channel: Channel, array: np.ndarray) -> np.ndarray:
+        """The array, which a device may read and write where it lies, if that is the case."""
+        if self.is_registered and array.nbytes:
+            channel.register(array)
+        return array
 
     def run(self, scene: Callable[[Case, Channel, Channel], Awaitable[None]]) -> None:
         run(self._run(scene), self.loop_kind)
@@ -72,6 +79,7 @@ cases = st.builds(
     lanes=st.integers(1, 3),
     checksum=st.booleans(),
     confirm=st.booleans(),
+    is_registered=st.booleans(),
     slot_bytes=st.sampled_from([4096, 256 << 10]),  # the large ones come in several pieces over TCP
     slots_64th=st.one_of(st.integers(0, 3 * 64), st.integers(3 * 64, 60 * 64)),
 )
@@ -111,7 +119,7 @@ async def consume(channel: Channel, how: str, truth: np.ndarray) -> None:
 def test_a_send(case: Case, how: str, head_start: int, point: int) -> None:
     async def scene(case: Case, near: Channel, far: Channel) -> None:
         truth = noise(case.nbytes)
-        memory = truth.copy()
+        memory = case.memory(near, truth.copy())
 
         async def send() -> None:
             try:
@@ -191,7 +199,7 @@ RECEIVERS = ["recv_tensor into", "recv_tensors into", "recv_tensors", "into", "c
 def test_a_receive(case: Case, how: str, head_start: int, point: int) -> None:
     async def scene(case: Case, near: Channel, far: Channel) -> None:
         truth = noise(case.nbytes)
-        memory = np.full_like(truth, CANARY)
+        memory = case.memory(far, np.full_like(truth, CANARY))
         was_moved = False
 
         taken: list[Transfer] = []

@@ -114,9 +114,7 @@ class Device:
             self.pump = CompletionPump(
                 lambda entries: _Queue(self.context, entries), queue_entries=COMPLETIONS
             )
-            self.registry = Registry(
-                lambda at, size: self.pin(self.pd, at, size, 0), registered_bytes
-            )
+            self.registry = Registry(self._register, registered_bytes)
             undo.pop_all()
 
     @classmethod
@@ -136,6 +134,10 @@ class Device:
                 "slots, or send the tensor unregistered, through the ring"
             )
         return api.pin(pd, address, nbytes, access)
+
+    def _register(self, address: int, nbytes: int, is_writable: bool) -> Any:
+        access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_MW_BIND if is_writable else 0
+        return self.pin(self.pd, address, nbytes, access)
 
     async def release(self) -> None:
         """The last user closes it, and with it goes what is registered."""
