@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from aiordma import Channel
 from aiordma.lanes.completion import Completion, CompletionPump
 from aiordma.lanes.needs import needs
 from aiordma.lanes.outbox import Frame, Outbox, Piece, Sources, Window, WindowWork
@@ -223,6 +224,14 @@ class FakeQueuePair:
         for _ in range(self.receives):
             self.add(0, FLUSHED)
         self.receives = 0
+
+
+def queue_pair(channel: Channel) -> FakeQueuePair:
+    """Of a channel's only lane."""
+    (port,) = channel._link.ports
+    assert isinstance(port.lane, RdmaLane)
+    assert isinstance(port.lane._qp, FakeQueuePair)
+    return port.lane._qp
 
 
 def open_lane(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable
 from unittest import mock
 
@@ -11,13 +10,10 @@ import numpy as np
 import pytest
 
 from aiordma import Channel, ChannelConfig, TransferAborted
-from aiordma.errors import ChannelBroken, ChannelClosed, ChecksumError, RemoteProtocolError
-from aiordma.lanes.outbox import WINDOWS, Kind
+from aiordma.errors import ChannelBroken, ChannelClosed, ChecksumError
+from aiordma.lanes.outbox import WINDOWS
 from aiordma.lanes.rdma import RdmaLane
-from aiordma.ring import WINDOW_CELLS
-from aiordma.wire import frames
-from aiordma.wire.frames import ChunkHeader, WindowHeader
-from tests.fake_device import FakeQueuePair
+from tests.fake_device import queue_pair
 from tests.foreign import nothing_left
 from tests.harness import (
     CANARY,
@@ -51,16 +47,14 @@ async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
                 await usable(near, far)
                 for channel in (near, far):
                     assert not any(lane.windows._open for lane in lanes_of(channel))
+                if kind == "rdma" and lanes == 1:
+                    assert not any(
+                        queue_pair(c).windows or queue_pair(c).unbound for c in (near, far)
+                    )
 
 
 def lanes_of(channel: Channel) -> list[RdmaLane]:
     return [port.lane for port in channel._link.ports if isinstance(port.lane, RdmaLane)]
-
-
-def queue_pair(channel: Channel) -> FakeQueuePair:
-    (lane,) = lanes_of(channel)
-    assert isinstance(lane._qp, FakeQueuePair)
-    return lane._qp
 
 
 def registered(channel: Channel, nbytes: int = SIZE) -> np.ndarray:
@@ -145,6 +139,32 @@ async def test_else_it_comes_through_the_ring(pair: Pair, why: str) -> None:
     await asyncio.gather(near.send_tensor(noise(SIZE)), far.recv_tensor(into=memory))
     assert np.array_equal(memory, noise(SIZE))
     assert far.stats().copied_bytes == SIZE
+
+
+async def test_nobody_is_asked_to_stop_after_the_last_chunk(pair: Pair) -> None:
+    """That would cost a round trip."""
+    near, far = pair
+    (lane,) = lanes_of(far)
+    into = registered(far)
+    with mock.patch.object(lane._outbox, "stop") as stop:
+        await asyncio.gather(near.send_tensor(noise(SIZE)), far.recv_tensor(into=into))
+    stop.assert_not_called()
+
+
+async def test_a_window_that_the_peer_has_not_heard_of_keeps_its_number(pair: Pair) -> None:
+    """All came through the ring before. The next window of this number must not be taken for that one."""
+    near, far = pair
+    (lane,) = lanes_of(far)
+    queue_pair(far).wire.hold()
+    into, small = registered(far, 3 * SLOT), noise(3 * SLOT)
+    receiving = asyncio.create_task(far.recv_tensor(into=into))
+    await near.send_tensor(small)
+    await round_trips(near, far)
+    assert lane.windows._stopping
+    assert not receiving.done()
+    queue_pair(far).wire.hold(False)
+    await receiving
+    assert np.array_equal(into, small)
 
 
 async def test_memory_stays_registered_while_it_can_be_written_to(pair: Pair) -> None:
@@ -237,8 +257,9 @@ async def test_cancelled_when_so_many_chunks_have_come_or_gone(pair: Pair) -> No
                     await receiving
                 elif not receiving.done() and near.stats().sent_chunks == sent:
                     await cancel(receiving)  # it was never opened
-                (outcome,) = await asyncio.gather(receiving, return_exceptions=True)
-                assert not isinstance(outcome, ChannelBroken)
+                await asyncio.wait([receiving])
+                if not receiving.cancelled() and receiving.exception() is not None:
+                    assert type(receiving.exception()) is TransferAborted
             was_whole = not receiving.cancelled() and receiving.exception() is None
             assert not was_whole or np.array_equal(into, noise(SIZE, seed=point))
             into[:] = CANARY
@@ -334,63 +355,3 @@ async def test_damage_fails_the_transfer_and_not_the_channel(pair: Pair) -> None
     into[:] = CANARY
     await usable(near, far)
     assert (into == CANARY).all()
-
-
-# Peers that lie
-
-
-def say(channel: Channel, kind: Kind, index: int, header: bytes = b"") -> None:
-    """A frame comes to this end."""
-    device = queue_pair(channel)
-    if header:
-        device._memory[0].memory[index * 64 : index * 64 + 64] = header
-    device.receives -= 1
-    device.add(0, imm_data=socket.htonl(kind << 16 | index))
-
-
-@pytest.mark.parametrize(
-    ("kind", "index", "header", "text"),
-    [
-        (Kind.STOPPED, 3, b"", "window 3, which it was not told to"),
-        (Kind.STOP, WINDOWS, b"", "unknown immediate"),
-        (
-            Kind.WINDOW,
-            WINDOW_CELLS + 1,
-            frames.encode_window(WindowHeader(0, 1, 1, 0, SLOT, 4096), 1),
-            "window 0 was announced in cell 513",
-        ),
-        (
-            Kind.CHUNK,
-            0,
-            frames.encode_chunk(ChunkHeader(0, SLOT, 1, 0, None, is_in_place=True), 1),
-            "came through a window that was not open",
-        ),
-    ],
-    ids=["stopped", "stop", "window", "chunk"],
-)
-async def test_what_no_peer_says(
-    pair: Pair, kind: Kind, index: int, header: bytes, text: str
-) -> None:
-    _, far = pair
-    await turns(3)
-    say(far, kind, index, header)
-    await until(lambda: far.is_closed)
-    assert type(far._link.error) is RemoteProtocolError
-    assert text in str(far._link.error)
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        frames.encode_window(WindowHeader(0, 1, 1, 0, SLOT, 4096), 1),
-        frames.encode_chunk(ChunkHeader(0, SLOT, 1, 0, None, is_in_place=True), 1),
-    ],
-    ids=["window", "chunk"],
-)
-async def test_a_tcp_lane_has_no_windows(header: bytes) -> None:
-    async with channel_pair("tcp") as (near, far):
-        (port,) = near._link.ports
-        port.lane._sock.send(header)  # type: ignore[attr-defined]
-        await until(lambda: far.is_closed)
-        assert type(far._link.error) is RemoteProtocolError
-        assert "memory windows" in str(far._link.error)
