@@ -178,7 +178,7 @@ class Channel:
         await self._wait(link.send(outgoing), confirm=confirm)
 
     def register(self, t: object) -> Registration:
-        """Let RDMA devices read and write a tensor where it lies, so that it is sent, and received into, without a copy.
+        """Let RDMA devices read and write a tensor where it lies: it is sent, and received into, without a copy.
 
         Pins its memory, at a few gigabytes a second, until the tensor goes, `Registration.release`, the end of
         the last channel on that device, or others past `registered_bytes` need the room. Once is enough for all
