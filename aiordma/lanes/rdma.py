@@ -231,7 +231,8 @@ class RdmaLane:
             self._lose(self._broken(self._qp.explain(completion)))
             return
         self.probe.was_sent(completion.wr_id)
-        self.windows.invalidated(self._outbox.take_invalidated())
+        if invalidated := self._outbox.take_invalidated():
+            self.windows.invalidated(invalidated)
         for header in headers:
             if self._handler is not None and not self._is_over:
                 self._handler.sent(header)
