@@ -10,7 +10,8 @@
 `run_round` and `exchange` are the same for those who own the loop and the channels.
 """
 
-from fedllm.aggregate import Aggregation, Contribution, Staged
+from fedllm.aggregate import Aggregation, Contribution
+from fedllm.aligned import Aligned
 from fedllm.config import RunConfig
 from fedllm.errors import (
     FedError,
@@ -21,6 +22,7 @@ from fedllm.errors import (
     RunFailed,
     ServerLost,
     SettingError,
+    StagingError,
     UpdateError,
     WeightsError,
 )
@@ -28,10 +30,12 @@ from fedllm.participation import Outcome, Participation, Ready, Status, Task, ex
 from fedllm.rounds import RoundResult, run_round
 from fedllm.server import History, RoundRecord, Server
 from fedllm.silo import Report, RoundTask, Silo, join
+from fedllm.staged import Staged
 from fedllm.strategy import FedAvg, Strategy
 
 __all__ = [
     "Aggregation",
+    "Aligned",
     "Contribution",
     "FedAvg",
     "FedError",
@@ -54,6 +58,7 @@ __all__ = [
     "SettingError",
     "Silo",
     "Staged",
+    "StagingError",
     "Status",
     "Strategy",
     "Task",

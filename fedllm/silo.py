@@ -323,10 +323,17 @@ class RoundTask:
         """
         if self.is_submitted:
             raise FedError("this task's update was submitted already")
-        outgoing = prepare(update)
+        outgoing = prepare(_in_order_of(self.weights, update))
         await self._silo.say(_report(self._task.ticket, weight, norm, metrics or {}))
         self.is_submitted = True
         return await self._silo.deliver(self._task, outgoing)
+
+
+def _in_order_of(
+    weights: Mapping[str, object], update: Mapping[str, object]
+) -> Mapping[str, object]:
+    """The update with its tensors in the order of the weights: that of all silos, in which they lie side by side."""
+    return {**{name: update[name] for name in weights if name in update}, **update}
 
 
 def _report(

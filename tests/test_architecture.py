@@ -29,6 +29,7 @@ RDMA = (
     " aiordma.lanes.registry aiordma.lanes.statuses"
 )
 BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
+BELOW_STRATEGY = "fedllm.errors fedllm.config fedllm.aggregate fedllm.fold"
 
 ROOMS: Mapping[str, str] = {
     # module pattern: the modules of this project that it may import ("aiordma": by public name)
@@ -91,13 +92,16 @@ ROOMS: Mapping[str, str] = {
     "aiordma.doctor.*": "aiordma aiordma.errors aiordma.lanes.choice aiordma.lanes.needs"
     " aiordma.lanes.verbs aiordma.doctor aiordma.doctor.*",
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
-    "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy"
+    "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.participation fedllm.rounds fedllm.server fedllm.silo",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
-    "fedllm.aggregate": "aiordma.errors fedllm.errors fedllm.config",
-    "fedllm.strategy": "aiordma.errors fedllm.errors fedllm.config fedllm.aggregate",
+    "fedllm.aggregate": "aiordma fedllm.errors",
+    "fedllm.fold": "fedllm.errors",
+    "fedllm.staged": f"aiordma {BELOW_STRATEGY}",
+    "fedllm.aligned": f"aiordma {BELOW_STRATEGY}",
+    "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
     "fedllm.adapters": "fedllm.errors",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
@@ -126,7 +130,8 @@ BLIND: Mapping[str, str] = {
     # module patterns: what may never be imported there
     "aiordma.wire*": f"{CLOCKS} threading",
     "fedllm.config": f"{CLOCKS} threading",
-    "fedllm.aggregate": CLOCKS,  # updates are checked and folded in threads
+    "fedllm.aggregate": f"{CLOCKS} threading",
+    "fedllm.fold": CLOCKS,  # updates are checked and folded in threads
     "fedllm.strategy": f"{CLOCKS} threading",
 }
 

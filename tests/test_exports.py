@@ -61,6 +61,7 @@ AIORDMA = {
 }
 FEDLLM = {
     "Aggregation",
+    "Aligned",
     "Contribution",
     "FedAvg",
     "FedError",
@@ -83,6 +84,7 @@ FEDLLM = {
     "SettingError",
     "Silo",
     "Staged",
+    "StagingError",
     "Status",
     "Strategy",
     "Task",

@@ -22,7 +22,6 @@ from fedllm import (
     join,
     run_round,
 )
-from fedllm.aggregate import Stage, StagedContribution
 from fedllm.messages import (
     FROM_SERVER,
     JOIN_ANSWER,
@@ -33,6 +32,7 @@ from fedllm.messages import (
     Task,
     Upload,
 )
+from fedllm.staged import Stage, StagedContribution
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
