@@ -131,13 +131,10 @@ class Aligned:
         """Whether the next byte lacks of this silo."""
         return contribution in self._awaited
 
-    def covered(self, contribution: AlignedContribution, *, is_covered: bool) -> None:
-        """The silo has the next byte, or has it no more."""
-        if is_covered:
-            self._awaited.discard(contribution)
-            self._advance()
-        elif self._folded_bytes < self._manifest.total_bytes and self._has(contribution):
-            self._awaited.add(contribution)
+    def covered(self, contribution: AlignedContribution) -> None:
+        """The silo has the next byte."""
+        self._awaited.discard(contribution)
+        self._advance()
 
     def remove(self, contribution: AlignedContribution) -> None:
         """Go on without this silo; if it is in the sums already, from the first byte."""
@@ -232,7 +229,7 @@ class AlignedContribution:
         self._current: Chunk | None = None
         """The chunk with the next byte."""
         self._ahead: dict[int, Chunk] = {}
-        """By offset: chunks that came before it, or after it and are not their turn."""
+        """By offset: chunks that came and are not their turn."""
         self._refusal: UpdateError | None = None
         self._is_stale = False
         self._news = asyncio.Event()
@@ -276,14 +273,14 @@ class AlignedContribution:
     def take(self, chunk: Chunk) -> None:
         """A chunk came, in any order."""
         folded = self._owner.folded_bytes
-        if self._stage is not _Stage.OPEN or self._is_stale or _end(chunk) <= folded:
+        if self._stage is not _Stage.OPEN or _end(chunk) <= folded:
             chunk.release()
         elif chunk.offset > folded:
             self._ahead[chunk.offset] = chunk
         else:
             self._current = chunk
             self._news.clear()
-            self._owner.covered(self, is_covered=True)
+            self._owner.covered(self)
 
     def row(self, start: int, out: Flat) -> Flat:
         """The silo's numbers from this byte on, as many as `out` has, borrowed from the slot."""
@@ -330,7 +327,6 @@ class AlignedContribution:
                 chunk.release()
         self._ahead.clear()
         self._news.set()
-        self._owner.covered(self, is_covered=False)
 
     async def _next(self, chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
         idle_s = self._owner.idle_timeout_s
