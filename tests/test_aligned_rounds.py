@@ -18,7 +18,6 @@ from tests.playing import (
     A,
     B,
     C,
-    Update,
     be_asked,
     bits,
     changed,
@@ -151,9 +150,11 @@ async def test_a_broken_upload_goes_on_where_folding_was():
 
 
 async def test_silos_may_keep_their_tensors_in_any_order():
-    def turned(update: Update) -> Update:
-        return dict(reversed(update.items()))
-
-    sends = {"a": takes_part(A), "b": takes_part(turned(B), weight=2.0)}
-    result, _ = await play(sends, strategy=ALIGNED, min_silos=2)
-    assert bits(result.weights) == TWO
+    weights = {name: np.full(30_000, i, np.float32) for i, name in enumerate("xyz")}
+    turned = dict(reversed(weights.items()))
+    sends = {"a": takes_part(weights), "b": takes_part(turned, weight=2.0)}
+    like = {"w": np.zeros(1, np.float32), **weights}  # `takes_part` looks at it
+    for update in (weights, turned):
+        update["w"] = np.ones(1, np.float32)
+    result, _ = await play(sends, weights=like, strategy=ALIGNED, min_silos=2)
+    assert bits(result.weights) == {name: weights[name].tobytes() for name in like}

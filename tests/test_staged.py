@@ -46,6 +46,13 @@ def mapped(array: Any) -> mmap.mmap | None:
     return array
 
 
+def reserved_bytes(folder: Path) -> list[int]:
+    """What the disk has set aside for each file of the folder's that is open, named or not."""
+    links = Path("/proc/self/fd").iterdir()
+    files = [link for link in links if link.is_file() or "(deleted)" in str(link.resolve())]
+    return [f.stat().st_blocks * 512 for f in files if str(f.resolve()).startswith(str(folder))]
+
+
 def descriptors() -> int:
     gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
@@ -60,6 +67,9 @@ def test_a_file_gives_the_bits_of_memory(memory_bytes: int, tmp_path: Path):
     assert in_files == {0: [b, a], ROOM_FOR_ONE: [a], 1 << 30: []}[memory_bytes]
     assert [c.is_filed for c in (b, a)] == [c in in_files for c in (b, a)]
     assert not list(tmp_path.iterdir())  # nothing that a crash could leave behind
+    assert len(reserved_bytes(tmp_path)) == len(in_files)
+    # A hole for which the disk has no room when it is written kills the process.
+    assert all(reserved >= NBYTES for reserved in reserved_bytes(tmp_path))
     fill(b, B)
     fill(a, A)
     staged.commit()
