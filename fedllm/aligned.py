@@ -43,7 +43,8 @@ class Aligned:
     """The weighted mean, bit for bit as of `Staged`; no update is ever held.
 
     A silo that falls out after folding began, because it stalls, dies, or sends what is no number, makes the others
-    send once more; the sums begin anew without it. For one event loop.
+    send once more; the sums begin anew without it. For one event loop, on which it folds, a chunk of every silo's at a
+    time: keep `slot_bytes` x silos at what a loop may be kept from other things, some 100 MB for 20 ms.
     """
 
     def __init__(

@@ -85,7 +85,8 @@ class Participation(Protocol):
     """One silo's place in a round: the gates between the phases of `exchange`.
 
     Who owns the loop may let everybody through at once: ``ready`` returns ``aggregation.begin(name,
-    report.weight)`` and ``decided`` returns when the aggregation is committed.
+    report.weight)``, which with `Aligned` all do before the first upload, and ``decided`` returns when the aggregation
+    is committed.
     """
 
     @property

@@ -16,7 +16,7 @@ import aiordma
 from aiordma import Channel, ChannelConfig, TransferTimeout
 from fedllm import Aligned, FedError, Staged, UpdateError, WeightsError
 from fedllm.aligned import AlignedContribution
-from tests.harness import LANES, at_rest, channel_pair, run, until
+from tests.harness import LANE_PARAMS, at_rest, channel_pair, run, until
 from tests.uplinks import Uplink, bits, turns, upload
 
 DTYPES = [np.float64, np.float32, ml_dtypes.bfloat16, np.float16]
@@ -330,7 +330,7 @@ async def take(channel: Channel, place: AlignedContribution) -> bool:
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
-@pytest.mark.parametrize("kind", LANES)
+@pytest.mark.parametrize("kind", LANE_PARAMS)
 @pytest.mark.parametrize("order", ["abc", "cab"])
 async def test_lanes_chunks_and_order_do_not_show(
     kind: str, lanes: int, order: str, loop_kind: str

@@ -9,18 +9,20 @@ import pytest
 
 import aiordma
 from aiordma import Channel
-from fedllm import Aligned, FedAvg, Outcome, RoundResult, Status
+from fedllm import Aligned, FedAvg, Outcome, RoundResult, Status, run_round
 from fedllm.messages import FROM_SERVER, Commit, Upload
 from tests.playing import (
     DEADLINE_S,
     LARGE,
     TWO,
+    WEIGHTS,
     A,
     B,
     C,
     be_asked,
     bits,
     changed,
+    pairs,
     play,
     takes_part,
 )
@@ -147,6 +149,20 @@ async def test_a_broken_upload_goes_on_where_folding_was():
     assert seen["c"].accepted
     assert asked == [1]
     assert bits(result.weights) == bits(LARGE)
+
+
+async def test_a_bug_of_the_reduction_is_no_silos_failure():
+    def broken(rows: object, shares: object, out: object) -> None:
+        raise ZeroDivisionError
+
+    async with pairs("a", "b") as (servers, silos):
+        acts = [asyncio.ensure_future(GOOD[name](silos[name])) for name in silos]
+        strategy = FedAvg(aggregate=partial(Aligned, reduce=broken))
+        with pytest.raises(ZeroDivisionError):
+            await run_round(servers, WEIGHTS, round=1, strategy=strategy, min_silos=2)
+        for act in acts:
+            act.cancel()
+        await asyncio.gather(*acts, return_exceptions=True)
 
 
 async def test_silos_may_keep_their_tensors_in_any_order():

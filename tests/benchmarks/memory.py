@@ -68,12 +68,13 @@ async def measure(way: Way, silos: int, model_bytes: int, folder: Path) -> Figur
         async with asyncio.TaskGroup() as group:
             for number in range(silos):
                 group.create_task(take_part(port, f"silo-{number:03}", update))
-        return msgspec.json.decode(await process.stdout.read(), type=Figures)
+        output = await process.stdout.read()
+        assert await process.wait() == 0
+        return msgspec.json.decode(output, type=Figures)
     finally:
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        await process.wait()
+            process.kill()
+            await process.wait()
 
 
 async def measure_flower(python: Path, silos: int, model_bytes: int) -> Figures:
