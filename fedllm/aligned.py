@@ -259,8 +259,8 @@ class AlignedContribution:
             async with contextlib.aclosing(transfer.chunks()) as chunks:
                 while True:
                     await self._news.wait()
-                    if self._refusal is not None:
-                        raise self._refusal
+                    if self._stage is _Stage.OUT:
+                        raise self._refusal or FedError("this contribution was aborted")
                     if self._is_stale:
                         return False
                     # Asking only while it is awaited: whoever is held back does not count as idle, here or in aiordma.
