@@ -69,7 +69,6 @@ class Aligned:
         self._cohort: dict[str, AlignedContribution] = {}
         """In the order of the names."""
         self._shares: list[float] = []
-        self._awaited: set[AlignedContribution] = set()
         self._folded_bytes = 0
         self._restarts = 0
         self._sums: dict[str, Flat] = {}
@@ -97,7 +96,6 @@ class Aligned:
             raise UpdateError(f"silo {name!r} takes part in this round already")
         contribution = AlignedContribution(name, weight, self)
         self._settle({**self._cohort, name: contribution})
-        self._awaited.add(contribution)
         return contribution
 
     def commit(self) -> None:
@@ -128,37 +126,29 @@ class Aligned:
                     "send the tensors in the order of the global weights, and tied ones as they are tied there"
                 )
 
-    def is_awaited(self, contribution: AlignedContribution) -> bool:
-        """Whether the next byte lacks of this silo."""
-        return contribution in self._awaited
-
-    def covered(self, contribution: AlignedContribution) -> None:
-        """The silo has the next byte."""
-        self._awaited.discard(contribution)
-        self._advance()
-
     def remove(self, contribution: AlignedContribution) -> None:
         """Go on without this silo; if it is in the sums already, from the first byte."""
-        if self._has(contribution):
+        if self._cohort.get(contribution.name) is contribution:
             self._without(contribution)
-            self._advance()
+            self.advance()
 
-    # Folding
-
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """Fold what every silo has."""
         total = self._manifest.total_bytes
-        while self._cohort and not self._awaited and self._folded_bytes < total:
+        while self._cohort and self._folded_bytes < total:
             members = list(self._cohort.values())
             end = min(member.covered_to for member in members)
+            if end <= self._folded_bytes:
+                return
             refused = self._fold(members, end)
             if refused is not None:
                 self._without(refused)
                 continue
             self._folded_bytes = end
             for member in members:
-                if member.passed(end, is_last=end == total) and end < total:
-                    self._awaited.add(member)
+                member.passed(end, is_last=end == total)
+
+    # Folding
 
     def _fold(self, members: Sequence[AlignedContribution], end: int) -> AlignedContribution | None:
         """Reduce the bytes from `folded_bytes` to `end`; who is to blame if that cannot be."""
@@ -182,21 +172,15 @@ class Aligned:
 
     def _without(self, contribution: AlignedContribution) -> None:
         self._settle({n: c for n, c in self._cohort.items() if c is not contribution})
-        self._awaited.discard(contribution)
-        if not self._folded_bytes:
-            return
-        self._folded_bytes = 0
-        self._restarts += 1
-        self._awaited = set(self._cohort.values())
-        for member in self._cohort.values():
-            member.restart()
+        if self._folded_bytes:
+            self._folded_bytes = 0
+            self._restarts += 1
+            for member in self._cohort.values():
+                member.restart()
 
     def _settle(self, cohort: dict[str, AlignedContribution]) -> None:
         self._cohort = dict(sorted(cohort.items()))
         self._shares = shares_of([member.weight for member in self._cohort.values()])
-
-    def _has(self, contribution: AlignedContribution) -> bool:
-        return self._cohort.get(contribution.name) is contribution
 
     def _allocate(self) -> None:
         if self._sums:
@@ -240,11 +224,11 @@ class AlignedContribution:
     @property
     def is_awaited(self) -> bool:
         """Whether the next byte to be folded lacks of this silo."""
-        return self._owner.is_awaited(self)
+        return self._stage is _Stage.OPEN and self._current is None
 
     @property
     def covered_to(self) -> int:
-        """The byte after its chunk with the next byte."""
+        """The byte after its chunk with the next byte; 0 if it has none."""
         return 0 if self._current is None else _end(self._current)
 
     async def receive(self, transfer: Transfer) -> bool:
@@ -255,8 +239,8 @@ class AlignedContribution:
         """
         self._owner.check(transfer.manifest)
         self._is_stale = False
-        try:
-            async with contextlib.aclosing(transfer.chunks()) as chunks:
+        async with contextlib.aclosing(transfer.chunks()) as chunks:
+            try:
                 while True:
                     await self._news.wait()
                     if self._stage is _Stage.OUT:
@@ -268,8 +252,8 @@ class AlignedContribution:
                     if chunk is None:
                         return True
                     self.take(chunk)
-        finally:
-            self._let_go()
+            finally:
+                self._let_go()  # before the slots are the sender's again
 
     def take(self, chunk: Chunk) -> None:
         """A chunk came, in any order."""
@@ -281,7 +265,7 @@ class AlignedContribution:
         else:
             self._current = chunk
             self._news.clear()
-            self._owner.covered(self)
+            self._owner.advance()
 
     def row(self, start: int, out: Flat) -> Flat:
         """The silo's numbers from this byte on, as many as `out` has, borrowed from the slot."""
@@ -289,8 +273,8 @@ class AlignedContribution:
         offset = start - self._current.offset
         return np.frombuffer(self._current.view, out.dtype, out.size, offset)
 
-    def passed(self, folded_bytes: int, *, is_last: bool) -> bool:
-        """All bytes up to here are folded. Whether the next one lacks."""
+    def passed(self, folded_bytes: int, *, is_last: bool) -> None:
+        """All bytes up to here are folded."""
         if self._current is not None and _end(self._current) <= folded_bytes:
             self._current.release()
             self._current = self._ahead.pop(folded_bytes, None)
@@ -298,7 +282,6 @@ class AlignedContribution:
             self._stage = _Stage.FOLDED
         if self._current is None:
             self._news.set()
-        return self._current is None
 
     def restart(self) -> None:
         """Another silo fell out: the upload, if there is one, begins anew."""
