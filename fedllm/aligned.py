@@ -32,7 +32,7 @@ from aiordma import Chunk, Manifest, Transfer, TransferTimeout, prepare
 from fedllm.aggregate import Arrays, check_layout, check_weight, check_weights
 from fedllm.config import check_seconds
 from fedllm.errors import FedError, UpdateError, WeightsError
-from fedllm.fold import BLOCK_ITEMS, Flat, Reduction, check_finite, shares_of, weighted_mean
+from fedllm.fold import Flat, Reduction, check_finite, shares_of, weighted_mean
 
 __all__ = ["Aligned", "AlignedContribution"]
 
@@ -155,19 +155,15 @@ class Aligned:
         self._allocate()
         start = self._folded_bytes
         for spec, element, byte, nbytes in self._manifest.parts(start, end - start):
-            count = nbytes // spec.item_bytes
-            for first in range(0, count, BLOCK_ITEMS):
-                last = min(first + BLOCK_ITEMS, count)
-                out = self._sums[spec.name][element + first : element + last]
-                at = byte + first * spec.item_bytes
-                rows = [member.row(at, out) for member in members]
-                for member, row in zip(members, rows, strict=True):
-                    try:
-                        check_finite(spec.name, row, spec.shape, element + first)
-                    except UpdateError as exc:
-                        member.refuse(exc)
-                        return member
-                self._reduce(rows, self._shares, out)
+            out = self._sums[spec.name][element : element + nbytes // spec.item_bytes]
+            rows = [member.row(byte, out) for member in members]
+            for member, row in zip(members, rows, strict=True):
+                try:
+                    check_finite(spec.name, row, spec.shape, element)
+                except UpdateError as exc:
+                    member.refuse(exc)
+                    return member
+            self._reduce(rows, self._shares, out)
         return None
 
     def _without(self, contribution: AlignedContribution) -> None:

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from fedllm.errors import UpdateError
 
-__all__ = ["BLOCK_ITEMS", "Flat", "Reduction", "check_finite", "shares_of", "weighted_mean"]
+__all__ = ["Flat", "Reduction", "check_finite", "shares_of", "weighted_mean"]
 
 Flat: TypeAlias = NDArray[Any]
 """A 1-D, contiguous array of F16, BF16, F32 or F64."""
 Reduction: TypeAlias = Callable[[Sequence[Flat], Sequence[float], Flat], None]
 """``reduce(rows, shares, out)`` writes to `out` what the silos' numbers come to.
 
-`rows`: some elements of one tensor, a row a silo in the order of the silos' names; to be read only, and all finite.
+`rows`: elements of one tensor, up to all of them, a row a silo in the order of the names; to be read only, and finite.
 `shares`: the silos' parts of the total weight, which add up to 1. `out`: of the rows' dtype and size; it may be
 the memory of the first row. Each element must depend on those of its column alone (a median does, a norm does not),
 and not on the order of the calls.
