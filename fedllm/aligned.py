@@ -2,10 +2,10 @@
 
 What is held is one set of weights, the sums, and the channels' rings, for any number of silos.
 
-All uploads are of one layout, and each comes in chunks of rising offsets. Bytes below `folded` are in the sums. As
-soon as every silo has a chunk with the next byte, all elements up to the nearest end of these chunks are folded, in
-the order of the names; a chunk that was folded whole is released, which is its sender's credit. So a fast silo fills
-its slots and then waits for the slowest.
+All uploads are of one layout, and each comes in chunks of rising offsets. Bytes below `folded_bytes` are in the
+sums. As soon as every silo has a chunk with the next byte, all elements up to the nearest end of these chunks are
+folded, in the order of the names; a chunk that was folded whole is released, which is its sender's credit. So a fast
+silo fills its slots and then waits for the slowest.
 
 Chunk sizes, lanes and order of arrival cannot show in the result: a `Reduction` treats every element by itself, chunks
 never split one (their borders are multiples of 64 bytes, and the manifest aligns the tensors), and each element is

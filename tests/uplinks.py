@@ -8,12 +8,16 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 
 import aiordma
 from aiordma import Chunk, Manifest, Transfer, TransferAborted
+from fedllm import Aggregation, Staged
 from fedllm.aligned import AlignedContribution
 
+DTYPES = [np.float64, np.float32, ml_dtypes.bfloat16, np.float16]
+Update = dict[str, np.ndarray[Any, Any]]
 TURNS = 12
 """Of the loop: more than anything takes that was let loose."""
 
@@ -118,3 +122,40 @@ async def turns() -> None:
 def bits(arrays: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """What must be equal."""
     return {name: (a.dtype.name, a.shape, np.asarray(a).tobytes()) for name, a in arrays.items()}
+
+
+def update(seed: int, items: int = 37) -> Update:
+    """All dtypes, of sizes that no chunk's border meets."""
+    rng = np.random.default_rng(seed)
+    arrays = {
+        np.dtype(dtype).name: (
+            rng.standard_normal((items + i, 3)) * 10.0 ** rng.integers(-3, 4)
+        ).astype(dtype)
+        for i, dtype in enumerate(DTYPES)
+    }
+    return {
+        **arrays,
+        "none": np.zeros((0, 2), np.float32),
+        "one": np.asarray(rng.random(), np.float32),
+    }
+
+
+def weight_of(number: int) -> float:
+    return (1.0, 2.0, 0.7, 1e6, 3.0, 1e-3)[number % 6]
+
+
+def staged(updates: dict[str, tuple[float, Update]]) -> dict[str, Any]:
+    """What a round of these silos comes to."""
+    whole = Staged(next(iter(updates.values()))[1])
+    for name, (weight, arrays) in updates.items():
+        contribution = whole.begin(name, weight)
+        for key, array in arrays.items():
+            contribution.buffers[key][...] = array
+        contribution.add()
+    whole.commit()
+    return bits(whole.result())
+
+
+def committed(aggregation: Aggregation) -> dict[str, Any]:
+    aggregation.commit()
+    return bits(aggregation.result())
