@@ -135,7 +135,10 @@ class Outbox:
         self._free_stages = list(range(sources.stages.slots))
         self._credits = 0
         self._credit_frames = 0
-        self._special: deque[Frame | WindowWork] = deque()
+        self._special: deque[Frame] = deque()
+        self._quiet: deque[WindowWork] = deque()
+        """Handed out only while nothing is under way: soft-RoCE, when it sends again what was lost, repeats what was
+        bound behind it, which fails, and then waits for ever."""
         self._aims: dict[int, WindowHeader] = {}
         self._invalidated: list[Window] = []
         self._waiting: deque[_Chunk] = deque()
@@ -200,7 +203,7 @@ class Outbox:
         """Bind a window and tell the peer of it with the next batch."""
         cell = WINDOW_CELLS + header.number
         frame = frames.encode_window(header, self._count())
-        self._special.append(WindowWork(0, window, is_bind=True, is_signalled=False))
+        self._quiet.append(WindowWork(0, window, is_bind=True, is_signalled=False))
         self._special.append(
             Frame(0, (), 0, frame, cell, Kind.WINDOW << 16 | cell, is_signalled=False)
         )
@@ -212,7 +215,7 @@ class Outbox:
 
     def invalidate(self, window: Window) -> None:
         """Let nothing more through; `take_invalidated` has it when that is so."""
-        self._special.append(WindowWork(0, window, is_bind=False, is_signalled=True))
+        self._quiet.append(WindowWork(0, window, is_bind=False, is_signalled=True))
         self._free -= 1
 
     def take_invalidated(self) -> list[Window]:
@@ -236,8 +239,10 @@ class Outbox:
         self._free -= 1
 
     def end(self) -> None:
-        """The END is for the next batch, and nothing comes after it."""
+        """The END is for the next batch, and nothing else comes with it, or after it."""
         self.drop()
+        self._quiet.clear()
+        self._special.clear()
         self._credits = 0
         self._special.append(Frame(0, (), 0, b"", 0, Kind.END << 16, is_signalled=True))
         self._free -= 1
@@ -247,8 +252,12 @@ class Outbox:
 
         `goes_on`: more chunks come at once, with another batch.
         """
-        batch: list[Frame | WindowWork] = []
         self.waiting_bytes = 0
+        if self._quiet and self._posted:
+            return self._marker() if self._completions.asked_id < self.last_id else []
+        batch: list[Frame | WindowWork] = []
+        while self._quiet:
+            batch.append(self._hand_out(self._quiet.popleft(), None))
         while self._special:
             batch.append(self._hand_out(self._special.popleft(), None))
         if self._may_credit:
@@ -257,15 +266,17 @@ class Outbox:
             chunk = self._waiting.popleft()
             batch.append(self._hand_out(self._chunk_frame(chunk), chunk))
         if not goes_on and self._is_lacking:
-            if not batch:
-                self._free -= 1
-                marker = Frame(0, (), 0, b"", 0, None, is_signalled=False)
-                batch.append(self._hand_out(marker, None))
+            batch = batch or self._marker()
             batch[-1] = batch[-1]._replace(is_signalled=True)
             self._completions.asked(self.last_id)
         if not goes_on:
             self._completions.judge()
         return batch
+
+    def _marker(self) -> list[Frame | WindowWork]:
+        """Something that completes when all before it is done."""
+        self._free -= 1
+        return [self._hand_out(Frame(0, (), 0, b"", 0, None, is_signalled=True), None)]
 
     def mark(self) -> int:
         """A number for one more work request, which the queue pair posts on its own."""

@@ -22,7 +22,7 @@ class Completions:
         self._requests = self._chunks = 0  # since the last that asks
         # Slots that the last CREDIT gave back, and that were spent since, until it was judged.
         self._returned = self._spent = 0
-        self._asked_id = self._came_id = 0
+        self.asked_id = self._came_id = 0
 
     @property
     def is_enough(self) -> bool:
@@ -32,7 +32,7 @@ class Completions:
     @property
     def is_due(self) -> bool:
         """Whether a completion is bound to come."""
-        return self._asked_id > self._came_id
+        return self.asked_id > self._came_id
 
     def is_lacking(self, *, is_short: bool) -> bool:
         """Whether chunks are under way, and nothing will come that makes us look again.
@@ -59,7 +59,7 @@ class Completions:
         self._spent += is_chunk
 
     def asked(self, work_id: int) -> None:
-        self._asked_id = work_id
+        self.asked_id = work_id
         self._requests = self._chunks = 0
 
     def came(self, work_id: int) -> None:
