@@ -110,7 +110,9 @@ class Wire:
         status = 0
         if isinstance(frame, WindowWork):
             behind = [work for work in self._unacked if isinstance(work, Frame)]
-            assert not behind, "soft-RoCE would repeat it, and wait for ever, if one of these were lost"
+            assert not behind, (
+                "soft-RoCE would repeat it, and wait for ever, if one of these were lost"
+            )
             self._owner.change(frame)
         elif frame.key is not None and not self._begun:
             status = self._begin(frame)
