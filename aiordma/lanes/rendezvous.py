@@ -12,6 +12,9 @@ and with it the channel. And a device may go on with a message that it had begun
 window with the first packet only). So a peer that does not stop loses the lane, and the memory is given back
 when the queue pair is destroyed: never on the peer's word. ibv_bind_mw(3), ibv_wr_post(3).
 
+Binding and invalidating wait until nothing of ours is under way on the lane (`Outbox`), a round trip each: it is for
+large tensors.
+
 While a window is open the peer may write anywhere within it, more than once; soft-RoCE even lets it write anywhere in
 the memory region. Nothing of a transfer is to be believed before the window is closed.
 """
