@@ -143,6 +143,17 @@ async def test_a_ring_that_is_not_open_is_not_written(ends):
     assert left.rdma.room == right.rdma.room == 0
 
 
+async def test_a_probe_is_no_larger_than_the_slots_are():
+    """Chunks are not either, and beyond small rings there is nothing to write to."""
+    budget = MemoryBudget(1 << 30)
+    async with nothing_left():
+        rings = Ring(4, 64, budget=budget), Ring(4, 128, budget=budget)
+        lanes = [lane for _, lane in fake_device.lane_pair(*rings, budget=budget)]
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(lane.send_probe(4096) for lane in lanes))
+        await asyncio.gather(*(lane.aclose() for lane in lanes))
+
+
 async def test_a_path_that_takes_nothing_large(ends):
     left, _ = ends
     left.queue_pair.wire.hold()

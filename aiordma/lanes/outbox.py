@@ -189,8 +189,8 @@ class Outbox:
         self._credits |= slots
 
     def probe(self, large_bytes: int) -> None:
-        """Two frames for the next batch: of nothing, and of so many bytes to the first slots."""
-        piece = self._sources.stage(0, large_bytes)
+        """Two frames for the next batch: of nothing, and of so many bytes, or a slot's, to the first slot."""
+        piece = self._sources.stage(0, min(large_bytes, self._slot_bytes))
         target = slot_offset(0, self._slot_bytes)
         for index, pieces in enumerate(((), (piece,))):
             immediate = Kind.PROBE << 16 | index

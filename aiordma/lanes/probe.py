@@ -6,7 +6,7 @@ import asyncio
 from typing import Final
 
 PROBES: Final = 2
-"""Frames of a probe: one without a payload, one that fills the path's MTU."""
+"""Frames of a probe: one without a payload, one that fills the path's MTU, unless chunks are smaller."""
 
 
 class PathProbe:
