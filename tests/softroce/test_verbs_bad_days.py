@@ -164,9 +164,9 @@ def queue_pair(channel: Channel) -> Any:
     return channel._link.ports[0].lane._qp  # type: ignore[attr-defined]
 
 
-async def broken(near: Channel, far: Channel, match: str) -> None:
+async def broken(near: Channel, far: Channel, match: str, nbytes: int = SIZE) -> None:
     """A transfer fails at both ends, with typed errors of which one says what the device said."""
-    array = noise(SIZE)
+    array = noise(nbytes)
     near.register(array)
     results = await asyncio.gather(
         near.send_tensor(array), far.recv_tensor(), return_exceptions=True
@@ -205,7 +205,9 @@ async def test_a_queue_pair_that_has_no_right_to_the_window():
 async def test_a_peer_that_posts_no_receives(monkeypatch):
     async with pair(require="verbs") as (near, far):
         monkeypatch.setattr(queue_pair(far), "post_receives", lambda count: None)
-        await broken(near, far, "RNR_RETRY_EXC_ERR")
+        await broken(
+            near, far, "RNR_RETRY_EXC_ERR", nbytes=3 * SIZE
+        )  # more than were posted before
 
 
 async def test_a_queue_pair_that_fails_by_itself():

@@ -214,6 +214,20 @@ async def test_a_forked_child_has_what_is_registered_and_the_device_still_has_th
         assert os.waitstatus_to_exitcode(status) == 0
 
 
+async def test_event_loops_in_threads_open_and_close_devices_side_by_side():
+    """Up to pyverbs 56 a completion channel's descriptor is known only by being the new one."""
+
+    async def converse() -> None:
+        async with pair(require="verbs") as (near, far):
+            await usable(near, far)
+
+    def again_and_again() -> None:
+        for _ in range(5):
+            asyncio.run(converse())
+
+    await asyncio.gather(*(asyncio.to_thread(again_and_again) for _ in range(3)))
+
+
 async def test_a_device_without_memory_windows(monkeypatch):
     """Each lane has a protection domain of its own, and all is sent through the ring."""
     monkeypatch.setattr("aiordma.lanes.verbs.device._has_windows", lambda attributes: False)

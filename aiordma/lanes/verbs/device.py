@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import errno
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,9 @@ _open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Device]] =
 )
 """Each loop's devices that are in use, by name."""
 
+_descriptors = threading.Lock()
+"""Held while one is opened or closed, since a completion channel's is known by being new: loops have threads."""
+
 
 def names() -> list[str]:
     """The devices that libibverbs has a driver for, in its order. Raises `LaneRefused`."""
@@ -43,7 +47,7 @@ def describe(name: str) -> DeviceFacts:
     """One device and its ports. Raises `LaneRefused` if it cannot be opened, or vanishes."""
     with (
         api.refused(f"cannot open the RDMA device {name}"),
-        contextlib.closing(api.Context(name=name)) as context,
+        _context(name) as context,
     ):
         found = context.query_device()
         return DeviceFacts(
@@ -58,6 +62,17 @@ def describe(name: str) -> DeviceFacts:
             max_work_requests=found.max_qp_wr,
             max_completions=found.max_cqe,
         )
+
+
+@contextlib.contextmanager
+def _context(name: str) -> Iterator[Any]:
+    with _descriptors:
+        context = api.Context(name=name)
+    try:
+        yield context
+    finally:
+        with _descriptors:
+            context.close()
 
 
 def fork_support() -> str:
@@ -107,8 +122,7 @@ class Device:
         with contextlib.ExitStack() as undo, api.refused(f"cannot open the RDMA device {name}"):
             with contextlib.suppress(LaneRefused):
                 fork_support()  # too late, if another library of this process has used a device before
-            self.context = api.Context(name=name)
-            undo.callback(self.context.close)
+            self.context = undo.enter_context(_context(name))
             attributes = self.context.query_device()
             self.has_windows = _has_windows(attributes)
             self.max_region_bytes: int = attributes.max_mr_size
@@ -118,7 +132,7 @@ class Device:
                 lambda entries: _Queue(self.context, entries), queue_entries=COMPLETIONS
             )
             self.registry = Registry(self._register, registered_bytes)
-            undo.pop_all()
+            self._owned = undo.pop_all()
 
     @classmethod
     def open(cls, name: str, *, registered_bytes: int) -> Device:
@@ -149,11 +163,10 @@ class Device:
             return
         del _open[asyncio.get_running_loop()][self.name]
         self.registry.clear()
-        await self.pump.aclose()
         try:
-            self.pd.close()
-            self.context.close()
-        except api.PyverbsError as exc:
+            with self._owned:
+                await self.pump.aclose()
+        except api.PyverbsError as exc:  # a device that is gone has let go of all of it
             asyncio.get_running_loop().call_exception_handler(
                 {"message": f"{self.name} could not be closed", "exception": exc}
             )
@@ -196,16 +209,22 @@ class _Queue:
 
     def close(self) -> None:
         self.cq.close()
-        self._channel.close()
+        with _descriptors:
+            self._channel.close()
 
 
 def _completion_channel(context: Any) -> tuple[Any, int]:
     """A completion channel and its descriptor, which has been `CompChannel.fd` since version 57."""
-    before = _event_files()
-    channel = api.CompChannel(context)
-    fd = getattr(channel, "fd", None)
-    if fd is None:
-        (fd,) = _event_files() - before
+    with _descriptors:
+        before = _event_files()
+        channel = api.CompChannel(context)
+        found = {channel.fd} if hasattr(channel, "fd") else _event_files() - before
+        if len(found) != 1:
+            channel.close()
+            raise OSError(
+                "other threads use RDMA devices meanwhile, and not through aiordma: connect again"
+            )
+    (fd,) = found
     os.set_blocking(fd, False)  # get_cq_event would block, and hold the interpreter
     return channel, fd
 
