@@ -87,8 +87,8 @@ ROOMS: Mapping[str, str] = {
     "aiordma.doctor.*": "aiordma aiordma.errors aiordma.lanes.choice aiordma.lanes.needs"
     " aiordma.lanes.verbs aiordma.doctor aiordma.doctor.*",
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
-    "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy"
-    " fedllm.participation fedllm.rounds fedllm.server fedllm.silo",
+    "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy fedllm.backoff fedllm.checkpoint"
+    " fedllm.participation fedllm.rounds fedllm.evaluation fedllm.server fedllm.silo fedllm.joining",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -98,9 +98,16 @@ ROOMS: Mapping[str, str] = {
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
-    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
+    "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds",
+    "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
     "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
-    " fedllm.checkpoint",
+    " fedllm.evaluation fedllm.membership fedllm.checkpoint",
+    "fedllm.backoff": "fedllm.errors fedllm.config",
+    "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
+    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
+    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation",
+    "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
+    " fedllm.silo",
     "fedllm.demo": "",
     "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",

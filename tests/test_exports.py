@@ -61,7 +61,13 @@ AIORDMA = {
 }
 FEDLLM = {
     "Aggregation",
+    "Backoff",
+    "CheckpointError",
+    "Checkpoints",
     "Contribution",
+    "EarlyStop",
+    "Evaluation",
+    "EvaluationTask",
     "FedAvg",
     "FedError",
     "History",
@@ -90,6 +96,7 @@ FEDLLM = {
     "WeightsError",
     "exchange",
     "join",
+    "run_evaluation",
     "run_round",
 }
 

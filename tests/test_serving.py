@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fedllm
 from fedllm.__main__ import main
 from fedllm.adapters import full_arrays
-from fedllm.checkpoint import load_checkpoint
+from fedllm.checkpoint import Checkpoints
 from fedllm.demo import arguments
 from fedllm.demo.events import Event, Listening, RoundDone, Wrote
 from fedllm.demo.joining import _assignment
@@ -88,13 +88,15 @@ def learner() -> Learner:
 def options(out: Path) -> ServeOptions:
     return ServeOptions(
         base="", mode="full", out=out, host="127.0.0.1", port=0, insecure=False, rounds=3,
-        min_silos=1, deadline=None, steps=1, batch=1, lr=1e-3, seed=0,
+        min_silos=1, fraction=1.0, train_deadline=None, upload_deadline=None, evaluate_every=None,
+        patience=None, resume=False, keep=2, steps=1, batch=1, lr=1e-3, seed=0,
     )  # fmt: skip
 
 
 async def add_one(address: tuple[str, int], learner: Learner, rounds: int) -> None:
     """A silo that adds 1 to all weights in so many rounds, and then has nothing to give."""
-    async with fedllm.join(*address, name="a", fingerprint=learner.fingerprint) as silo:
+    joining = fedllm.join(*address, name="a", fingerprint=learner.fingerprint, backoff=None)
+    async with joining as silo:
         async for task in silo.rounds():
             if task.round <= rounds:
                 update = {name: array + np.float32(1) for name, array in task.weights.items()}
@@ -158,10 +160,11 @@ async def test_each_round_is_saved_as_it_ends(learner: Learner, tmp_path: Path):
     before = {name: array.copy() for name, array in learner.arrays().items()}
     stage = Stage(learner, tmp_path, rounds=3)
     await stage.is_round_done.wait()
-    weights, state = load_checkpoint(tmp_path, "checkpoint")
-    assert state == {"round": 1, "mode": "full", "fingerprint": learner.fingerprint}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.rounds() == [0, 1]
+    weights, _ = checkpoints.load(1, before)
     for name, array in weights.items():
         np.testing.assert_array_equal(array, before[name] + np.float32(1))
     assert await stage.end() is None
-    assert load_checkpoint(tmp_path, "checkpoint")[1]["round"] == 3
+    assert checkpoints.rounds() == [2, 3]
     assert stage.heard[-1] == Wrote("the federated model", str(tmp_path / "federated"))
