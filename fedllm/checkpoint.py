@@ -57,13 +57,14 @@ class Checkpoints:
         Raises `CheckpointError`, and nothing that was there is touched.
         """
         written = save_checkpoint(self.folder, _name(round), weights, state)
-        for old in self.rounds()[: -self._keep]:
+        kept = {_name(one) for one in self.rounds()[-self._keep :]}
+        # By their files, not by `rounds`: a process that was killed may have removed a JSON, and not the weights.
+        there = (re.match(r"\.?(round-\d{6,})\.", path.name) for path in self.folder.iterdir())
+        for old in sorted({found[1] for found in there if found} - kept):
             try:
-                _remove(self.folder, _name(old))
+                _remove(self.folder, old)
             except OSError as exc:
-                raise CheckpointError(
-                    f"{_name(old)} in {self.folder} cannot be removed: {exc}"
-                ) from exc
+                raise CheckpointError(f"{old} in {self.folder} cannot be removed: {exc}") from exc
         return written
 
     def amend(self, round: int, state: Mapping[str, Any]) -> None:

@@ -152,13 +152,15 @@ class Server:
     async def resume(self) -> int:
         """Take the newest checkpoint's weights and go on from there; the number of rounds that are done.
 
-        To be called before `run`. A folder without checkpoints is a run that begins. However a server ended
+        To be called before `start` and `run`. A folder without checkpoints is a run that begins. However a server ended
         (kill -9, a crash of its host), the run goes on with the round that it was in, from the same weights; silos
         find it again by themselves. Raises `CheckpointError` for a checkpoint that cannot be read or is of
         another run.
         """
         if self._checkpoints is None:
             raise FedError("there is nothing to resume from: give the server checkpoints")
+        if self._serving is not None:
+            raise FedError("resume() comes before start(): silos are told of the run as they join")
         rounds = await asyncio.to_thread(self._checkpoints.rounds)
         if not rounds:
             return 0

@@ -54,7 +54,7 @@ class Log:
         await self.until(lambda log: any(line in one for one in log.lines))
 
 
-def server_of(log: Log, **options: Any) -> Server:
+def server_of(log: Log, *, weights: Weights | None = None, **options: Any) -> Server:
     """A server with the settings and options that are given, by name, and the log's hooks."""
     named = {field.name for field in fields(RunConfig)}
     settings: dict[str, Any] = {"min_silos": 1, "rounds": 1, "farewell_s": DEADLINE_S}
@@ -66,7 +66,7 @@ def server_of(log: Log, **options: Any) -> Server:
         "config": QUICK,
     }
     rest |= {name: value for name, value in options.items() if name not in named}
-    return Server(weights_of(0), RunConfig(**settings), **rest)
+    return Server(weights or weights_of(0), RunConfig(**settings), **rest)
 
 
 @asynccontextmanager
