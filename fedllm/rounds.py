@@ -158,6 +158,8 @@ class _Round:
             outcomes = {name: await task for name, task in self._exchanges.items()}
         finally:
             await _cancel(self._exchanges.values())
+            # They know this round, a circle: it would hold whole models until the collector comes by.
+            self._places.clear()
         if self._abandoned is not None:
             raise QuorumNotReached(self._abandoned, outcomes)
         return RoundResult(
