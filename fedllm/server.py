@@ -182,9 +182,14 @@ class Server:
     async def start(
         self, host: str = "127.0.0.1", port: int = 0, *, insecure: bool = False
     ) -> tuple[str, int]:
-        """Listen, and admit silos from now on; the address. Raises like `aiordma.listen`."""
+        """Save the first weights, listen, and admit silos from now on; the address.
+
+        Raises like `aiordma.listen`, and `CheckpointError`: if the weights cannot be saved, or the checkpoints are of
+        an earlier run that was not resumed.
+        """
         if self._serving is not None:
             raise FedError("the server listens already")
+        await self._save()
         self._serving = await aiordma.serve(
             self._members.serve, host, port, config=self._config, insecure=insecure
         )
@@ -203,7 +208,6 @@ class Server:
         `history`; run again, it goes on from there.
         """
         try:
-            await self._save()
             if self._serving is None:
                 await self.start(host, port, insecure=insecure)
             try:

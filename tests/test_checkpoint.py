@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +36,8 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path):
 
 def test_the_weights_are_what_safetensors_reads(tmp_path: Path):
     tied = np.arange(6, dtype=np.float32).reshape(2, 3)
-    weights = {
-        "half": np.float16(2).reshape(()),
+    weights: dict[str, np.ndarray[Any, Any]] = {
+        "half": np.full((), 2, np.float16),
         "one": tied,
         "none": np.zeros((0, 4)),
         "two": tied,
@@ -140,6 +141,7 @@ def test_what_is_damaged_is_not_taken(tmp_path: Path):
 DYING = """
 import os, sys
 from pathlib import Path
+from typing import Any
 import fedllm.checkpoint as checkpoint
 from tests.federation import weights_of
 

@@ -144,7 +144,7 @@ async def test_an_update_is_kept_for_the_very_same_task_alone(tmp_path: Path):
     for arguments in ({"lr": 1}, {"lr": 2}, {"lr": 2}):
         log = Log()
         checkpoints = Checkpoints(tmp_path / "server")
-        settings = {"checkpoints": checkpoints, "arguments": arguments, "rounds": 1}
+        settings: dict[str, Any] = {"checkpoints": checkpoints, "arguments": arguments, "rounds": 1}
         server = server_of(log, **settings, on_round=die_in(1, log))
         await server.resume()
         address = await server.start()

@@ -88,9 +88,9 @@ async def _serve(options: ServeOptions, learner: Learner, report: Report) -> Non
     ) as server:
         if options.resume:
             report(Said(f"{await server.resume()} of {options.rounds} rounds are done"))
-        else:
-            metrics.write_text("")
         host, port = await server.start(options.host, options.port, insecure=options.insecure)
+        if not server.round:
+            metrics.write_text("")
         report(Listening(host, port))
         try:
             await server.run()
