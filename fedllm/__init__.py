@@ -29,10 +29,11 @@ from fedllm.errors import (
     WeightsError,
 )
 from fedllm.evaluation import Evaluation, run_evaluation
+from fedllm.history import History, RoundRecord
 from fedllm.joining import join
 from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
 from fedllm.rounds import RoundResult, run_round
-from fedllm.server import History, RoundRecord, Server
+from fedllm.server import Server
 from fedllm.silo import EvaluationTask, Report, RoundTask, Silo
 from fedllm.strategy import FedAvg, Strategy
 

@@ -88,6 +88,12 @@ def _add_serve(commands: Any) -> None:
             metavar="SECONDS",
             help=f"most that a round's {what} may take (default: no end)",
         )
+    add(
+        "--absence-timeout",
+        type=arguments.seconds,
+        metavar="SECONDS",
+        help="end the run when a round waits longer for --min-silos silos to be there (default: never)",
+    )
     add("--out", type=Path, default=Path("result"), help="folder to write (default: ./result)")
     add("--lr", type=arguments.rate, help="learning rate (default: 1e-3 for lora, 5e-5 for full)")
     _state_arguments(parser)

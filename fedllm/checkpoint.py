@@ -75,6 +75,10 @@ class Checkpoints:
         except (OSError, TypeError, ValueError) as exc:
             raise _unwritten(self.folder, _name(round), exc) from exc
 
+    def state(self, round: int) -> dict[str, Any]:
+        """A saved round's state alone. Raises `CheckpointError`."""
+        return read_state(self.folder, _name(round))
+
     def load(self, round: int, like: Arrays) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """See `load_checkpoint`."""
         return load_checkpoint(self.folder, _name(round), like)

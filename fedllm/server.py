@@ -6,11 +6,11 @@ import asyncio
 import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
-from numpy.typing import NDArray
+import msgspec
 
 import aiordma
 from aiordma import ChannelConfig, ChannelError, prepare
@@ -19,53 +19,20 @@ from fedllm.checkpoint import Checkpoints
 from fedllm.config import RunConfig
 from fedllm.errors import CheckpointError, FedError, QuorumNotReached
 from fedllm.evaluation import Evaluation, run_evaluation
+from fedllm.history import History, Progress, RoundRecord, State
 from fedllm.membership import Membership, choose
 from fedllm.messages import check_arguments
 from fedllm.participation import Outcome, Status
 from fedllm.rounds import RoundResult, run_round
 from fedllm.strategy import FedAvg, Strategy
 
-__all__ = ["History", "RoundRecord", "Server"]
+__all__ = ["Server"]
 
 T = TypeVar("T")
 Hook = Callable[[T], Awaitable[object] | object]
 
 MAX_FAULTS: Final = 2
 """A silo that fails so often in tries of one round, through no fault of its connection, is out for that round."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoundRecord:
-    """A `RoundResult` without its weights."""
-
-    round: int
-    outcomes: Mapping[str, Outcome]
-    metrics: Mapping[str, float]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class History:
-    """What a run has come to."""
-
-    weights: Mapping[str, NDArray[Any]]
-    """Those of the last of the rounds, or the first global weights."""
-    rounds: tuple[RoundRecord, ...]
-    """Those that succeeded, without those before a `resume`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Progress:
-    """What a checkpoint holds beside the weights: all that decides how the run goes on."""
-
-    round: int = 0
-    """The last that succeeded."""
-    cohort: tuple[str, ...] = ()
-    """Whose updates are in its weights."""
-    evaluated: int = 0
-    """The last whose weights were judged."""
-    figures: tuple[float, ...] = ()
-    """Of the metric that may end the run early, the oldest first."""
 
 
 class Server:
@@ -102,9 +69,10 @@ class Server:
         refused. `strategy`: `FedAvg()` if None. `checkpoints`: where the first weights and those of each round
         are saved, before anything else is done with them; see `resume`.
         `on_round` and `on_evaluation` are called (and awaited, if they return an awaitable) after each round that
-        succeeded, and each evaluation; `on_silo` with a silo's name, or the address of one that has none, and what
-        became of it: "joined", "refused: ...", "caught up" (it was late), "gone: ...". What they raise ends the
-        run, or that silo's membership.
+        succeeded and is saved, and each evaluation; a server that dies just before has not called them, and one that
+        resumes does not call them again. `on_silo` is called with a silo's name, or the address of one that has none,
+        and what became of it: "joined", "refused: ...", "caught up" (it was late), "gone: ...". What they raise ends
+        the run, or that silo's membership.
 
         Raises `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such that cannot be
         sent, `SettingError` for arguments that no silo can be told.
@@ -123,8 +91,8 @@ class Server:
         self._config = config
         self._members = Membership(settings, fingerprint, on_silo)
         self._records: list[RoundRecord] = []
-        self._progress = _Progress()
-        self._saved: _Progress | None = None
+        self._progress = Progress()
+        self._saved: Progress | None = None
         self._serving: aiordma.Server | None = None
 
     @property
@@ -152,9 +120,9 @@ class Server:
     async def resume(self) -> int:
         """Take the newest checkpoint's weights and go on from there; the number of rounds that are done.
 
-        To be called before `start` and `run`. A folder without checkpoints is a run that begins. However a server ended
-        (kill -9, a crash of its host), the run goes on with the round that it was in, from the same weights; silos
-        find it again by themselves. Raises `CheckpointError` for a checkpoint that cannot be read or is of
+        To be called before `start` and `run`. A folder without checkpoints is a run that begins. However a server
+        ended (kill -9, a crash of its host), the run goes on with the round that it was in, from the same weights;
+        silos find it again by themselves. Raises `CheckpointError` for a checkpoint that cannot be read or is of
         another run.
         """
         if self._checkpoints is None:
@@ -164,20 +132,29 @@ class Server:
         rounds = await asyncio.to_thread(self._checkpoints.rounds)
         if not rounds:
             return 0
+        state = await asyncio.to_thread(self._read, self._checkpoints, rounds[-1])
         load = self._checkpoints.load
-        weights, state = await asyncio.to_thread(load, rounds[-1], self._weights)
-        if state.get("fingerprint") != self._fingerprint:
-            raise CheckpointError(
-                f"the checkpoint of round {rounds[-1]} in {self._checkpoints.folder} is of another run: its "
-                f"fingerprint is {state.get('fingerprint')}, and this run's {self._fingerprint}; give this run a "
-                "folder of its own"
+        self._weights, _ = await asyncio.to_thread(load, rounds[-1], self._weights)
+        self._members.run = state.run
+        self._go_on_from(state.progress)
+        self._saved = state.progress
+        return state.progress.round
+
+    def _read(self, checkpoints: Checkpoints, round: int) -> State:
+        try:
+            state = msgspec.convert(checkpoints.state(round), State)
+        except msgspec.ValidationError as exc:
+            objection = str(exc)
+        else:
+            if state.fingerprint == self._fingerprint:
+                return state
+            objection = (
+                f"its fingerprint is {state.fingerprint}, and this run's {self._fingerprint}"
             )
-        self._weights, self._members.run = weights, state["run"]
-        saved = state["progress"]
-        cohort, figures = tuple(saved["cohort"]), tuple(saved["figures"])
-        self._go_on_from(_Progress(**{**saved, "cohort": cohort, "figures": figures}))
-        self._saved = self._progress
-        return self._progress.round
+        raise CheckpointError(
+            f"the checkpoint of round {round} in {checkpoints.folder} is of another run ({objection}): give this run a "
+            "folder of its own"
+        )
 
     async def start(
         self, host: str = "127.0.0.1", port: int = 0, *, insecure: bool = False
@@ -246,7 +223,7 @@ class Server:
         while not self._is_over():
             result = await self._succeed()
             self._weights = result.weights
-            self._records.append(_record(result))
+            self._records.append(RoundRecord.of(result))
             self._go_on_from(self._after(result))
             await self._save()
             await _call(self._on_round, result)
@@ -258,7 +235,7 @@ class Server:
             stop is not None and stop.is_due(self._progress.figures)
         )
 
-    def _after(self, result: RoundResult) -> _Progress:
+    def _after(self, result: RoundResult) -> Progress:
         committed = (n for n, o in result.outcomes.items() if o.status is Status.COMMITTED)
         figures = self._progress.figures
         if self._settings.evaluate_every is None:
@@ -269,7 +246,7 @@ class Server:
         stop = self._settings.stop
         return (metrics[stop.metric],) if stop and stop.metric in metrics else ()
 
-    def _go_on_from(self, progress: _Progress) -> None:
+    def _go_on_from(self, progress: Progress) -> None:
         self._progress = progress
         self._members.round = progress.round + 1
 
@@ -283,8 +260,8 @@ class Server:
                 f"{checkpoints.folder} holds round {rounds[-1]} of an earlier run: resume it (--resume), or give "
                 "this run a folder of its own"
             )
-        run = {"run": self._members.run, "fingerprint": self._fingerprint}
-        state = {**run, "progress": asdict(progress)}
+        run = self._members.run
+        state = asdict(State(run=run, fingerprint=self._fingerprint, progress=progress))
         if self._saved is not None and self._saved.round == progress.round:
             await asyncio.to_thread(checkpoints.amend, progress.round, state)
         else:
@@ -363,12 +340,3 @@ async def _call(hook: Hook[T] | None, news: T) -> None:
         answer = hook(news)
         if inspect.isawaitable(answer):
             await answer
-
-
-def _record(result: RoundResult) -> RoundRecord:
-    return RoundRecord(
-        round=result.round,
-        outcomes=result.outcomes,
-        metrics=result.metrics,
-        seconds=result.seconds,
-    )

@@ -88,7 +88,8 @@ ROOMS: Mapping[str, str] = {
     " aiordma.lanes.verbs aiordma.doctor aiordma.doctor.*",
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy fedllm.backoff fedllm.checkpoint"
-    " fedllm.participation fedllm.rounds fedllm.evaluation fedllm.server fedllm.silo fedllm.joining",
+    " fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
+    " fedllm.server fedllm.silo fedllm.joining",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -99,9 +100,10 @@ ROOMS: Mapping[str, str] = {
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
     "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds",
+    "fedllm.history": "fedllm.participation fedllm.rounds",
     "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
     "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
-    " fedllm.evaluation fedllm.membership fedllm.checkpoint",
+    " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint",
     "fedllm.backoff": "fedllm.errors fedllm.config",
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
     "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",

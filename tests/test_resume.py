@@ -241,8 +241,16 @@ async def test_a_folder_of_another_run_is_not_mixed_with_this_one(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"holds round 1 of an earlier run: resume it"):
         await server_of(log, checkpoints=checkpoints).run()
     other = server_of(log, checkpoints=checkpoints, fingerprint={"weights": "other"})
-    with pytest.raises(CheckpointError, match=r"round 1 in .* is of another run: its fingerprint"):
+    with pytest.raises(CheckpointError, match=r"round 1 in .* is of another run \(its fingerprint"):
         await other.resume()
+    larger = server_of(log, checkpoints=checkpoints, weights={"w": np.zeros(9)})
+    with pytest.raises(CheckpointError, match="it holds other tensors"):
+        await larger.resume()
+    checkpoints.amend(1, {"round": 1})
+    with pytest.raises(
+        CheckpointError, match=r"is of another run \(.*missing required field `run`"
+    ):
+        await server_of(log, checkpoints=checkpoints).resume()
     assert other.history.weights["w"][0, 0] == 0
     with pytest.raises(FedError, match="nothing to resume from"):
         await server_of(log).resume()

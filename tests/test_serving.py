@@ -106,8 +106,8 @@ def learner() -> Learner:
 def options(out: Path, *, resume: bool = False) -> ServeOptions:
     return ServeOptions(
         base="", mode="full", out=out, host="127.0.0.1", port=0, insecure=False, rounds=3,
-        min_silos=1, fraction=1.0, train_deadline=None, upload_deadline=None, evaluate_every=None,
-        patience=None, resume=resume, keep=2, steps=1, batch=1, lr=1e-3, seed=0,
+        min_silos=1, fraction=1.0, train_deadline=None, upload_deadline=None, absence_timeout=None,
+        evaluate_every=None, patience=None, resume=resume, keep=2, steps=1, batch=1, lr=1e-3, seed=0,
     )  # fmt: skip
 
 

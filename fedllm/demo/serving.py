@@ -16,7 +16,7 @@ from fedllm.demo.training import Assignment, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What `serve` is told; deadlines in seconds."""
+    """What `serve` is told; deadlines and timeouts in seconds."""
 
     base: str
     mode: Mode
@@ -29,6 +29,7 @@ class ServeOptions:
     fraction: float
     train_deadline: float | None
     upload_deadline: float | None
+    absence_timeout: float | None
     evaluate_every: int | None
     patience: int | None
     resume: bool
@@ -108,6 +109,7 @@ def settings(options: ServeOptions) -> RunConfig:
         seed=options.seed,
         train_deadline_s=options.train_deadline,
         upload_deadline_s=options.upload_deadline,
+        absence_timeout_s=options.absence_timeout,
         evaluate_every=options.evaluate_every,
         stop=None if patience is None else EarlyStop(metric="loss", patience=patience),
     )
