@@ -186,3 +186,22 @@ def test_a_death_at_any_step_leaves_a_whole_checkpoint(tmp_path: Path):
     assert after >= 2
     assert Checkpoints(tmp_path).rounds() == [2]
     assert len(os.listdir(tmp_path)) == 2  # what the dead had written aside is gone
+
+
+def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And so is the folder, after; fsync(2)."""
+    done: list[str] = []
+
+    def fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append("folder" if path == tmp_path else path.suffixes[-2])
+
+    def replace(self: Path, target: Path) -> None:
+        done.append(f"rename {target.suffix}")
+        os.rename(self, target)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    Checkpoints(tmp_path).save(1, weights_of(1), {})
+    steps = [[kind, f"rename {kind}", "folder"] for kind in (".safetensors", ".json")]
+    assert done == [*steps[0], *steps[1]]

@@ -19,9 +19,9 @@ from fedllm import (
     run_evaluation,
 )
 from fedllm.membership import choose
-from fedllm.messages import FROM_SERVER, Decline, Ready
-from tests.federation import DEADLINE_S, Log, joining, running, take_part, weights_of
-from tests.playing import pairs
+from fedllm.messages import FROM_SERVER, Commit, Decline, Ready, Task
+from tests.federation import DEADLINE_S, Log, joining, raw, running, take_part, weights_of
+from tests.playing import be_asked, pairs
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -127,6 +127,41 @@ async def test_who_spoils_it_twice_is_out_for_the_round_and_not_for_the_next():
         {"a": good, "b": good, "bad": bad, "lazy": bad},
         {"a": good, "b": good, "bad": bad, "lazy": bad},
     ]
+
+
+@pytest.mark.usefixtures("loop_kind")
+async def test_who_spoils_it_twice_is_not_asked_when_the_others_are_back():
+    """Of three, two are needed. "b" declines, then dies, then does what it should: three tries."""
+    log, asked = Log(), list[int]()
+
+    async def come_in_the_end(address: tuple[str, int]) -> None:
+        channel = await raw(address, "b")
+        task: Task = await channel.recv(FROM_SERVER)
+        await channel.recv_tensors()
+        await channel.send(Decline(task.ticket, "not now"))
+        assert isinstance(await channel.recv(FROM_SERVER), Commit)
+        await be_asked(channel)
+        await refused.wait()
+        await channel.aclose()
+        await log.has("b gone")
+        await take_part(address, "b", 1)
+
+    async def spoil_it(address: tuple[str, int]) -> None:
+        async with joining(address, "bad") as silo:
+            async for task in silo.rounds():
+                asked.append(task.round)
+                spoiled = {n: a + a.dtype.type(math.nan) for n, a in task.weights.items()}
+                await task.submit(spoiled, weight=1)
+                if len(asked) == 2:
+                    refused.set()
+
+    refused = asyncio.Event()
+    async with running(log, rounds=2, min_silos=2, expect=3) as (address, run):
+        async with asyncio.timeout(10):
+            parts = take_part(address, "a", 1), spoil_it(address), come_in_the_end(address)
+            await asyncio.gather(*parts, run)
+    assert asked == [1, 1, 2]
+    assert [list(result.outcomes) for result in log.rounds] == [["a", "b"], ["a", "b", "bad"]]
 
 
 # Evaluations

@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 
 import aiordma
-from fedllm import Backoff, CheckpointError, Checkpoints, FedError, RoundResult, ServerLost
+from fedllm import (
+    Backoff,
+    CheckpointError,
+    Checkpoints,
+    EarlyStop,
+    EvaluationTask,
+    FedError,
+    RoundResult,
+    ServerLost,
+)
 from fedllm.messages import FROM_SERVER, JOIN_ANSWER, Join, Welcome
 from tests.federation import (
+    DEADLINE_S,
     FINGERPRINT,
     QUICK,
     Log,
@@ -139,6 +149,50 @@ async def test_a_round_that_comes_again_needs_no_training_if_the_update_was_kept
     assert history.weights["w"][0, 0] == 2 * 2
 
 
+def files_in(folder: Path) -> set[Path]:
+    return set(folder.iterdir())
+
+
+async def test_what_was_judged_is_not_judged_again(tmp_path: Path):
+    """The run ends when the second loss is no better than the first, of which a server knew that is dead."""
+    checkpoints, judged = Checkpoints(tmp_path), list[int]()
+
+    async def judge(task: EvaluationTask) -> tuple[float, dict[str, float]]:
+        judged.append(task.round)
+        return 1, {"loss": 1.0}
+
+    async def work(address: tuple[str, int]) -> None:
+        async with joining(address, "a", backoff=SOON) as silo:
+            async for task in silo.rounds(judge):
+                await task.submit(task.weights, weight=1)
+
+    async def die(_: Any) -> None:
+        raise Die
+
+    stop = EarlyStop(metric="loss", patience=1)
+    settings: dict[str, Any] = {"rounds": 9, "evaluate_every": 1, "stop": stop}
+    before_it_was_judged = set[Path]()  # no weights are written again for the sake of a figure
+
+    async def look(_: Any) -> None:
+        before_it_was_judged.update(files_in(tmp_path))
+
+    hooks: dict[str, Any] = {"on_round": look, "on_evaluation": die}
+    first = server_of(Log(), **settings, checkpoints=checkpoints, **hooks)
+    address = await first.start()
+    async with asyncio.timeout(PATIENCE_S):
+        working = asyncio.ensure_future(work(address))
+        with pytest.raises(Die):
+            await first.run()
+        assert files_in(tmp_path) == before_it_was_judged
+        second = server_of(Log(), **settings, checkpoints=checkpoints)
+        assert await second.resume() == 1
+        await second.run(*address)
+        await working
+    assert judged == [1, 2]
+    assert second.round == 2
+    assert (await asyncio.to_thread(checkpoints.state, 2))["progress"]["figures"] == [1.0, 1.0]
+
+
 async def test_an_update_is_kept_for_the_very_same_task_alone(tmp_path: Path):
     worker = Worker("a", 1, tmp_path)
     for arguments in ({"lr": 1}, {"lr": 2}, {"lr": 2}):
@@ -190,6 +244,37 @@ async def test_who_has_the_key_of_a_member_takes_its_place(tmp_path: Path):
                     assert isinstance(await new.recv(JOIN_ANSWER), Welcome) == is_welcome
             with pytest.raises(aiordma.ChannelClosed):
                 await old.recv()
+
+
+async def test_who_was_late_and_joins_anew_is_late_no_more():
+    """Its old connection, from which an answer is still awaited, is closed."""
+    log = Log()
+    options: dict[str, Any] = {"expect": 2, "rounds": 2, "train_deadline_s": DEADLINE_S}
+
+    async def join_as_a() -> aiordma.Channel:
+        channel = await aiordma.connect(*address, config=QUICK)
+        await channel.send(Join("a", FINGERPRINT, "key"))
+        assert isinstance(await channel.recv(JOIN_ANSWER), Welcome)
+        return channel
+
+    async def on_round(result: RoundResult) -> None:
+        await log.round(result)
+        if result.round == 1:
+            channels.append(await join_as_a())
+            await channels[0].recv()  # the task
+            await channels[0].recv()  # that it is late
+            with pytest.raises(aiordma.ChannelClosed):
+                await channels[0].recv()
+
+    channels: list[aiordma.Channel] = []
+    async with running(log, **options, on_round=on_round) as (address, run):
+        async with asyncio.timeout(PATIENCE_S):
+            channels.append(await join_as_a())
+            await asyncio.gather(take_part(address, "b", 1), run)
+    for channel in channels:
+        await channel.aclose()
+    assert [list(result.outcomes) for result in log.rounds] == [["a", "b"], ["a", "b"]]
+    assert log.rounds[0].outcomes["a"].is_busy
 
 
 async def test_an_end_waits_for_silos_that_lost_the_way(tmp_path: Path):
