@@ -11,6 +11,7 @@ from aiordma.control import Control, MemoryControl, TcpControl
 from aiordma.handshake import Parts, limits_of, reserve
 from aiordma.lanes.base import Lane
 from aiordma.lanes.memory import MemoryLane
+from aiordma.lanes.rdma import RdmaLane
 from aiordma.lanes.registry import Registry
 from aiordma.lanes.tcp import TcpLane
 from aiordma.link import Link
@@ -68,7 +69,8 @@ def join(
     link = Link(session, control, config)
     link.counters.rtt_s = rtt_s
     ports = [
-        Port(i, lane, ring, link) for i, (lane, ring) in enumerate(zip(lanes, rings, strict=True))
+        Port(i, lane, ring, link, windows=lane.windows if isinstance(lane, RdmaLane) else None)
+        for i, (lane, ring) in enumerate(zip(lanes, rings, strict=True))
     ]
     infos = tuple(LaneInfo(index=p.index, kind=p.lane.kind, reason=reason) for p in ports)
     channel = Channel(link, peer=peer, lanes=infos, registry=registry)

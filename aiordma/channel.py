@@ -178,12 +178,13 @@ class Channel:
         await self._wait(link.send(outgoing), confirm=confirm)
 
     def register(self, t: object) -> Registration:
-        """Let RDMA devices read a tensor where it lies, so that it is sent without a copy.
+        """Let RDMA devices read and write a tensor where it lies: it is sent, and received into, without a copy.
 
         Pins its memory, at a few gigabytes a second, until the tensor goes, `Registration.release`, the end of
         the last channel on that device, or others past `registered_bytes` need the room. Once is enough for all
-        channels of one event loop on one device, and for whatever views of it are sent. Over other lanes, which
-        need no such thing, it does nothing.
+        channels of one event loop on one device, and for whatever views of it are sent or received into. A peer may
+        write there only while such a receive lasts, through a window that our device closes before it returns. Over
+        other lanes, which need no such thing, it does nothing.
 
         Raises `TensorError` for what cannot travel or is not in host memory, `RegistrationError` if the memory
         cannot be pinned (RLIMIT_MEMLOCK, most likely). ibv_reg_mr(3).
@@ -217,13 +218,14 @@ class Channel:
     ) -> Array:
         """Receive the next transfer, which must be of one tensor, and return it.
 
-        `into`: an array of the same dtype and shape to receive into, zero-copy over TCP; it is what is
-        returned. `framework`: what to return without `into`: "numpy" or "torch".
+        `into`: an array of the same dtype and shape to receive into, zero-copy over TCP, and over RDMA if it is
+        registered; it is what is returned. `framework`: what to return without `into`: "numpy" or "torch".
 
         Raises `TensorError` if the transfer does not fit the request; it then stays the next one. Raises
         `TransferError` if the transfer fails, `Busy` while `incoming()` is iterated. Cancelled before its
         first chunk came, the transfer stays the next one; later, it is aborted. Either way no byte of `into` is
-        written after this returns, and the channel stays usable.
+        written after this returns, and the channel stays usable. Where a device writes to `into`, that is when the
+        peer has stopped it: a round trip later, or when the lane is destroyed, if it does not within 10 s.
         """
         _check_request(None, framework)
         arrays: dict[str, Array] = {}

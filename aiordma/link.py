@@ -59,6 +59,7 @@ class Link:
     def start(self, ports: list[Port]) -> None:
         """Begin to move, once every lane is there."""
         self.ports = ports
+        self.loans.windows = [port.windows for port in ports if port.windows is not None]
         for port in ports:
             port.lane.start(port)
         self._control.start(self)
@@ -223,10 +224,8 @@ class Link:
         self.counters.copied_bytes += nbytes
 
     def _recall(self, transfer: int, *, is_sending: bool) -> bool:
-        reading = [
-            port for port in self.ports if not port.lane.recall(transfer, is_sending=is_sending)
-        ]
-        return not reading
+        is_free = [port.lane.recall(transfer, is_sending=is_sending) for port in self.ports]
+        return all(is_free)
 
     def _claim_ahead(self, waiting: int) -> None:
         # Takers wait: claim what the peer opens next, so that its chunks need not wait for a round trip.

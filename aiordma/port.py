@@ -8,6 +8,7 @@ from typing import Final, NamedTuple, Protocol
 from aiordma.chunk import Chunk
 from aiordma.errors import ChannelBroken, RemoteProtocolError
 from aiordma.lanes.base import Lane
+from aiordma.lanes.rendezvous import Windows
 from aiordma.ring import Ring, SlotState
 from aiordma.stats import LaneStats
 from aiordma.tensors import Outgoing
@@ -60,10 +61,13 @@ class _Landing(NamedTuple):
 class Port:
     """Handles one lane's events, and owns the receive slots behind it."""
 
-    def __init__(self, index: int, lane: Lane, ring: Ring, owner: PortOwner) -> None:
+    def __init__(
+        self, index: int, lane: Lane, ring: Ring, owner: PortOwner, *, windows: Windows | None
+    ) -> None:
         self.index = index
         self.lane = lane
         self.ring = ring
+        self.windows = windows
         self._owner = owner
         self._landings: dict[int, _Landing] = {}
         self._stages: list[memoryview] = []

@@ -23,6 +23,8 @@ from aiordma.errors import Busy, ConfigError
 __all__ = [
     "BUDGET",
     "CELLS",
+    "CREDIT_CELLS",
+    "WINDOW_CELLS",
     "MemoryBudget",
     "Ring",
     "SlotState",
@@ -30,8 +32,11 @@ __all__ = [
     "slot_offset",
 ]
 
-CELLS: Final = 2 * MAX_SLOTS
-"""One for each chunk and one for each CREDIT that may be under way in the largest ring."""
+CREDIT_CELLS: Final = MAX_SLOTS
+"""The first cells are for the chunks of the largest ring, from here on as many for CREDITs..."""
+WINDOW_CELLS: Final = 2 * MAX_SLOTS
+"""...and the last for windows."""
+CELLS: Final = WINDOW_CELLS + 64
 _CELL_BYTES: Final = 64
 
 

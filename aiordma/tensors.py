@@ -85,9 +85,8 @@ class Outgoing:
         return views
 
     def stage(self, offset: int, length: int, into: memoryview) -> None:
-        """Copy the chunk [offset, offset + length) into the first `length` bytes of `into`.
-
-        `into` is writable host memory of bytes. The copy from a device is complete on return.
+        """Copy the chunk [offset, offset + length) into the first `length` bytes of `into`,
+        writable host memory of bytes. The copy from a device is complete on return.
         """
         for spec, _, start, nbytes in self.manifest.parts(offset, length):
             memory, first = self._memory[spec.offset], start - spec.offset
@@ -160,7 +159,7 @@ def allocate(manifest: Manifest, framework: Framework) -> tuple[memoryview, dict
 class Destination:
     """Where a transfer's data goes: the one buffer of `allocate`, or the caller's own arrays.
 
-    Its memory holds undefined bytes until the transfer has succeeded and `finish` was called.
+    It holds undefined bytes until the transfer has succeeded and `finish` was called.
     """
 
     def __init__(
@@ -176,10 +175,9 @@ class Destination:
         self._ties = tuple(ties)
 
     def view(self, offset: int, length: int) -> memoryview | None:
-        """The final place of the chunk [offset, offset + length), if it is contiguous memory.
+        """The final place of the chunk [offset, offset + length), unless it lies in several arrays.
 
-        None if the chunk lies in several of the caller's arrays: then use `scatter`. Never None if
-        the destination is one buffer. Raises `ManifestError` for what is no chunk of this data.
+        Raises `ManifestError` for what is no chunk of this data.
         """
         parts = self._manifest.parts(offset, length)
         if self._whole is not None:
@@ -189,6 +187,10 @@ class Destination:
             return None
         begin = offset - first.spec.offset
         return self._memory[first.spec.offset][begin : begin + length]
+
+    def parts(self) -> list[tuple[int, memoryview]]:
+        """All of it in pieces of contiguous memory, each with where it begins in the data."""
+        return [(0, self._whole)] if self._whole is not None else list(self._memory.items())
 
     def scatter(self, offset: int, data: memoryview) -> int:
         """Copy a chunk's bytes, the first of which is byte `offset`, to where they belong.

@@ -23,6 +23,7 @@ from aiordma.errors import (
     TransferTimeout,
     again,
 )
+from aiordma.loans import Leases, Loans
 from aiordma.tensors import (
     Array,
     Destination,
@@ -72,6 +73,8 @@ class Stage(enum.Enum):
 
 class ReceptionOwner(Protocol):
     """What the receiving half asks of its link."""
+
+    loans: Loans
 
     def claim(self, reception: Reception) -> None:
         """Let the chunks come."""
@@ -185,11 +188,16 @@ class Reception:
         Cancelled before the first chunk came, the transfer is offered again; later, it is aborted. Either
         way no byte of the destination is written after this returns.
         """
+        leases = Leases()
+        if self._destination is not None and not self.incoming.is_complete:
+            leases = self._owner.loans.lend(self.incoming.id, self._destination)
         try:
             while self._error is None and not self.incoming.is_complete:
                 await self._wait()
+            await leases.end(is_complete=self.incoming.is_complete)
         except asyncio.CancelledError:
             self.let_go()
+            await leases.end(is_complete=self.incoming.is_complete)
             raise
         if self._error is not None:
             raise again(self._error)

@@ -11,7 +11,8 @@
 `run_round` and `exchange` are the same for those who own the loop and the channels.
 """
 
-from fedllm.aggregate import Aggregation, Contribution, Staged
+from fedllm.aggregate import Aggregation, Contribution
+from fedllm.aligned import Aligned
 from fedllm.backoff import Backoff
 from fedllm.checkpoint import Checkpoints
 from fedllm.config import EarlyStop, RunConfig
@@ -25,6 +26,7 @@ from fedllm.errors import (
     RunFailed,
     ServerLost,
     SettingError,
+    StagingError,
     UpdateError,
     WeightsError,
 )
@@ -35,10 +37,12 @@ from fedllm.participation import Outcome, Participation, Ready, Status, Task, ex
 from fedllm.rounds import RoundResult, run_round
 from fedllm.server import Server
 from fedllm.silo import EvaluationTask, Report, RoundTask, Silo
+from fedllm.staged import Staged
 from fedllm.strategy import FedAvg, Strategy
 
 __all__ = [
     "Aggregation",
+    "Aligned",
     "Backoff",
     "CheckpointError",
     "Checkpoints",
@@ -67,6 +71,7 @@ __all__ = [
     "SettingError",
     "Silo",
     "Staged",
+    "StagingError",
     "Status",
     "Strategy",
     "Task",

@@ -8,6 +8,7 @@ What the network does below it is told by `aiordma.AiordmaError` and its subclas
     ├── SettingError        a setting that cannot work (also a ValueError)
     ├── WeightsError        the global weights cannot be averaged as they are (also a ValueError)
     ├── UpdateError         one silo's update is not accepted; says which tensor, or what else
+    ├── StagingError        the server has no room for one silo's update; nothing is wrong with it
     ├── RoundError
     │   ├── RoundAbandoned  a round ended without a result; nothing was wrong with this silo
     │   └── QuorumNotReached   too few silos: the old weights stay; carries the outcomes
@@ -32,6 +33,7 @@ __all__ = [
     "RunFailed",
     "ServerLost",
     "SettingError",
+    "StagingError",
     "UpdateError",
     "WeightsError",
 ]
@@ -55,6 +57,10 @@ class WeightsError(FedError, ValueError):
 
 class UpdateError(FedError):
     """One silo's update is not accepted. The round goes on without it."""
+
+
+class StagingError(FedError):
+    """The server has no room for one silo's update, in memory or on disk. The round goes on without it."""
 
 
 class RoundError(FedError):

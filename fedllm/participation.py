@@ -23,8 +23,8 @@ from aiordma import (
     TransferAborted,
     TransferTimeout,
 )
-from fedllm.aggregate import Arrays, Contribution, check_layout, check_weight
-from fedllm.errors import RoundAbandoned, UpdateError
+from fedllm.aggregate import Contribution, check_weight
+from fedllm.errors import RoundAbandoned, StagingError, UpdateError
 from fedllm.messages import FROM_SILO, Commit, Decline, Ready, Task, Upload, is_for
 
 __all__ = [
@@ -55,7 +55,7 @@ class Status(enum.StrEnum):
     REFUSED = "refused"
     """Its update, or what it said of it, is not acceptable; or it declined."""
     FAILED = "failed"
-    """Its channel or one of its transfers failed."""
+    """Its channel or one of its transfers failed, or there was no room for its update."""
     LATE = "late"
     """It missed the deadline of a phase."""
     ABANDONED = "abandoned"
@@ -81,7 +81,7 @@ class Outcome:
     bytes: int = 0
     """Of the update."""
     seconds: float = 0.0
-    """From the request for the update to its last byte."""
+    """From the request for the update until it was taken whole."""
     unanswered: int | None = None
     """The ticket of this round's task, if the silo has yet to say Ready or Decline to it."""
 
@@ -95,7 +95,8 @@ class Participation(Protocol):
     """One silo's place in a round: the gates between the phases of `exchange`.
 
     Who owns the loop may let everybody through at once: ``ready`` returns ``aggregation.begin(name,
-    report.weight)`` and ``decided`` returns when the aggregation is committed.
+    report.weight)``, which with `Aligned` all do before the first upload, and ``decided`` returns when the aggregation
+    is committed.
     """
 
     @property
@@ -105,7 +106,8 @@ class Participation(Protocol):
     async def ready(self, report: Ready) -> Contribution:
         """Wait for the choice of the cohort; the place for the update.
 
-        Raises `UpdateError` for a report that is not acceptable, `RoundAbandoned` if there is no cohort.
+        Raises `UpdateError` for a report that is not acceptable, `StagingError` if there is no room for the update,
+        `RoundAbandoned` if there is no cohort.
         """
 
     async def decided(self) -> None:
@@ -166,7 +168,7 @@ async def exchange(channel: Channel, outgoing: Outgoing, contribution: Participa
         status, error = Status.REFUSED, exc
     except RoundAbandoned as exc:
         status, error = Status.ABANDONED, exc
-    except AiordmaError as exc:
+    except (AiordmaError, StagingError) as exc:
         status, error = Status.FAILED, exc
     if isinstance(error, ChannelError):
         return record.outcome(status, error, None)
@@ -221,27 +223,25 @@ async def _contribute(channel: Channel, task: Task, place: Contribution, record:
     with contextlib.ExitStack() as undo:
         undo.callback(place.abort)
         started = loop.time()
-        record.bytes = await _receive_update(channel, task, place.buffers)
+        record.bytes = await _receive_update(channel, task, place)
         record.seconds = loop.time() - started
-        record.doing = "checking the update"
-        await asyncio.to_thread(place.add)
         undo.pop_all()
 
 
-async def _receive_update(channel: Channel, task: Task, buffers: Arrays) -> int:
+async def _receive_update(channel: Channel, task: Task, place: Contribution) -> int:
+    faults = 0
     for attempt in itertools.count(1):
         await channel.send(Upload(task.ticket, attempt))
         transfer = await _next_update(channel, task, attempt)
-        specs = transfer.manifest.tensors
         try:
-            check_layout(buffers, ((spec.name, spec.dtype, spec.shape) for spec in specs))
-            await transfer.into(buffers)
-            break
+            if await place.receive(transfer):
+                break
         except UpdateError as exc:
             await turn_away(transfer, str(exc))
             raise
         except (ChecksumError, TransferAborted):
-            if attempt == UPLOAD_ATTEMPTS:
+            faults += 1
+            if faults == UPLOAD_ATTEMPTS:
                 raise
     return transfer.manifest.total_bytes
 

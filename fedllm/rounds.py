@@ -8,6 +8,7 @@ What goes wrong with one silo is its `Outcome`, and never disturbs another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import secrets
 from collections.abc import Iterable, Mapping
@@ -53,7 +54,8 @@ async def run_round(
 ) -> RoundResult:
     """One round with the silos behind `channels`, by name; `weights` are not changed.
 
-    From the task to READY it may take `train_deadline_s`, and from there to the whole update `upload_deadline_s`.
+    From the task to READY it may take `train_deadline_s`, and from there to the whole update `upload_deadline_s`; if
+    all have to upload once more because a silo fell out (`Aligned`), the second begins anew.
     `arguments` reach the silos' training as they are: anything that msgspec encodes. The result does not
     depend on the order in which anything arrives.
 
@@ -84,6 +86,7 @@ class _Place:
 
     def __init__(self, name: str, round_: _Round) -> None:
         self.at = _At.TRAINING
+        self.contribution: Contribution | None = None
         self._name = name
         self._round = round_
 
@@ -93,9 +96,19 @@ class _Place:
 
     async def ready(self, report: Ready) -> Contribution:
         weight = self._round.strategy.weight(report.weight)
-        self._round.move(self, _At.UPLOADING)
-        await self._round.pass_gate(self._round.cohort_chosen)
-        return self._round.aggregation.begin(self._name, weight)
+        with contextlib.ExitStack() as undo:
+            # Before the gate: no upload is asked for until all of the cohort have begun.
+            self.contribution = self._round.aggregation.begin(self._name, weight)
+            undo.callback(self.contribution.abort)
+            self._round.move(self, _At.UPLOADING)
+            await self._round.pass_gate(self._round.cohort_chosen)
+            undo.pop_all()
+        return self.contribution
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the others could go on if this silo did."""
+        return self.contribution is None or self.contribution.is_awaited
 
     async def decided(self) -> None:
         self._round.move(self, _At.WAITING)
@@ -175,31 +188,41 @@ class _Round:
         return dict(self.strategy.step(self._weights, self.aggregation.result()))
 
     async def _phase(self, at: _At, deadline_s: float | None) -> None:
-        """Wait until nobody is `at` any more; who still is at the deadline is late, and out.
+        """Wait until nobody is `at` any more; who is to be waited for at the deadline is late, and out.
 
         Ends early, and abandons the round, when too few are left.
         """
-        status = Status.ABANDONED
-        try:
-            async with asyncio.timeout(deadline_s):
-                while self._under_way(at) and len(self._under_way()) >= self._min_silos:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            status = Status.LATE
-        slow = self._under_way(at)
-        left = len(self._under_way()) - (len(slow) if status is Status.LATE else 0)
+        while self._under_way(at) and len(self._under_way()) >= self._min_silos:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self._pass(at)
+            except TimeoutError:
+                reason = f"{at.value} did not come within {deadline_s} s"
+                awaited = [name for name in self._under_way(at) if self._places[name].is_awaited]
+                await self._put_out(awaited, at, Status.LATE, reason)
+        left = len(self._under_way())
         if left < self._min_silos:
             self._abandoned = (
                 f"round {self.task.round}: {left} of {len(self._channels)} silos are left, "
                 f"and {self._min_silos} are needed"
             )
-        reason = str(self._abandoned)
-        if status is Status.LATE:
-            reason = f"{at.value} did not come within {deadline_s} s"
+            await self._put_out(self._under_way(at), at, Status.ABANDONED, self._abandoned)
+
+    async def _pass(self, at: _At) -> None:
+        """Wait until nobody is `at` any more, too few are left, or those who are have to begin anew."""
+        restarts = self.aggregation.restarts
+        while (
+            self._under_way(at)
+            and len(self._under_way()) >= self._min_silos
+            and self.aggregation.restarts == restarts
+        ):
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _put_out(self, names: list[str], at: _At, status: Status, reason: str) -> None:
         # Before the fold: a cancelled exchange takes its contribution out.
-        await _cancel([self._exchanges[name] for name in slow])
-        for name in slow:
+        await _cancel([self._exchanges[name] for name in names])
+        for name in names:
             unanswered = self.task.ticket if at is _At.TRAINING else None
             told = self._dismiss(name, Outcome(status=status, reason=reason, unanswered=unanswered))
             self._exchanges[name] = asyncio.get_running_loop().create_task(told)

@@ -280,7 +280,7 @@ class RoundTask:
         """
         if self.is_submitted:
             raise FedError("this task's update was submitted already")
-        outgoing = prepare(update)
+        outgoing = prepare(_in_order_of(self.weights, update))
         ready = _report(self._task.ticket, weight, norm, metrics or {})
         await self._silo.keep(self._identity, update, ready)
         return await self.hand_in(outgoing, ready)
@@ -295,6 +295,13 @@ class RoundTask:
             if not self._silo.can_return:
                 raise
             return Report(accepted=False, reason=str(exc), bytes=0, seconds=0.0)
+
+
+def _in_order_of(
+    weights: Mapping[str, object], update: Mapping[str, object]
+) -> Mapping[str, object]:
+    """The update with its tensors in the order of the weights: that of all silos, in which they lie side by side."""
+    return {**{name: update[name] for name in weights if name in update}, **update}
 
 
 def _report(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from fedllm.aggregate import Aggregation, Arrays, Staged, check_weight
+from fedllm.aggregate import Aggregation, Arrays, check_weight
+from fedllm.staged import Staged
 
 __all__ = ["FedAvg", "Strategy"]
 
@@ -36,10 +37,14 @@ class FedAvg:
     """
 
     weighted: bool = True
+    aggregate: Callable[[Arrays], Aggregation] = Staged
+    """How updates are gathered; the weights come out the same. `Staged` holds all of them, and needs no silo twice.
+    `Aligned` holds none, goes at the pace of the slowest, and asks for all of them again when a silo falls out.
+    ``partial(Staged, memory_bytes=...)`` gives it settings."""
 
     def aggregation(self, weights: Arrays) -> Aggregation:
-        """Staged: one set of weights in memory a silo of the cohort."""
-        return Staged(weights)
+        """As `aggregate` makes it."""
+        return self.aggregate(weights)
 
     def weight(self, reported: float) -> float:
         """The number reported, or 1. Raises `UpdateError` unless 0 < `reported` <= 1e12."""

@@ -13,23 +13,20 @@ import errno
 import itertools
 import socket
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from aiordma import Channel
 from aiordma.lanes.completion import Completion, CompletionPump
-from aiordma.lanes.outbox import Frame, Outbox, Piece, Sources
-from aiordma.lanes.rdma import EXTRA_RECEIVES, RdmaLane
+from aiordma.lanes.needs import needs
+from aiordma.lanes.outbox import Frame, Outbox, Piece, Sources, Window, WindowWork
+from aiordma.lanes.rdma import RdmaLane
 from aiordma.lanes.registry import Registry, address_of
 from aiordma.lanes.statuses import FLUSHED, explain
 from aiordma.ring import BUDGET, MemoryBudget, Ring, slot_offset
-from aiordma.wire.frames import HEADER_BYTES
 from tests.fake_cq import Device as Queues, FakeCompletion, FakeQueue
+from tests.fake_wire import NO_ANSWER, NOT_READY, REMOTE_ACCESS, Counts, Wire
 
-PROTECTION, REMOTE_ACCESS, NO_ANSWER, NOT_READY = 4, 10, 12, 13
-"""What else becomes of a work request (IBV_WC_...)."""
-QUEUE_SLACK: Final = 160
-"""As `aiordma.lanes.verbs` has it."""
 _FRAMES_A_TURN: Final = 3
 
 _numbers = itertools.count(17)
@@ -58,7 +55,7 @@ class FakeDevice:
         self.queue_pairs = 0
         self.frames_a_turn = _FRAMES_A_TURN
 
-    def pin(self, at: int, nbytes: int) -> _Region:
+    def pin(self, at: int, nbytes: int, is_writable: bool = False) -> _Region:
         """Register memory."""
         return _Region(self.regions, at, nbytes)
 
@@ -90,9 +87,13 @@ class FakeQueuePair:
         self.reservation = device.pump.reserve(depth + receives)
         self.reservation.queue.queue_pairs += 1
         self.device = device
-        self.wire = _Wire(self, depth)
+        self.wire = Wire(self, depth)
         self.counts = Counts()
         self.receives = 0
+        self.windows: dict[int, tuple[int, int]] = {}
+        """Bound ones: the first and the last address behind a key."""
+        self.unbound: set[int] = set()
+        self.is_out_of_windows = False
         self._memory = ring, stages
         self._regions = [device.pin(address_of(r.memory), r.memory.nbytes) for r in (ring, stages)]
         self._stages_at = address_of(stages.memory)
@@ -115,9 +116,24 @@ class FakeQueuePair:
         at = self._stages_at + slot_offset(index, self._memory[1].slot_bytes)
         return Piece(at, length, self._regions[1].lkey)
 
+    def open_window(self, memory: memoryview) -> Window | None:
+        piece = self.device.registry.find(memory, is_to_write=True)
+        if piece is None:
+            return None
+        if self.is_out_of_windows:
+            raise OSError(errno.ENOMEM, "no more windows")
+        key = next(_keys)
+        self.unbound.add(key)
+
+        def close() -> None:
+            assert key not in self.windows or self.wire.is_gone, "it is bound"
+            self.unbound.remove(key)
+
+        return Window(piece, key, None, close)
+
     # The protocol
 
-    def submit(self, batch: Sequence[Frame]) -> None:
+    def submit(self, batch: Sequence[Frame | WindowWork]) -> None:
         assert batch, "a doorbell for nothing"
         self.wire.post(batch)
         self.counts.doorbells += 1
@@ -147,6 +163,7 @@ class FakeQueuePair:
 
     async def aclose(self) -> None:
         self.wire.is_gone = True
+        self.windows.clear()
         self.reservation.queue.queue_pairs -= 1
         self.reservation.release()
         self._regions.clear()
@@ -172,6 +189,26 @@ class FakeQueuePair:
         ctypes.memmove(start, piece.address, piece.length)
         return 0
 
+    def may_write(self, key: int, target: int, nbytes: int) -> int:
+        """Whether the peer's device may begin a message to memory behind a window; what becomes of it."""
+        if self.wire.is_gone or self.wire.has_failed:
+            return NO_ANSWER
+        start, end = self.windows.get(key, (0, 0))
+        if start <= target and target + nbytes <= end:
+            return 0
+        self.wire.fail()
+        return REMOTE_ACCESS
+
+    def change(self, work: WindowWork) -> None:
+        """Bind or invalidate a window."""
+        window, piece = work.window, work.window.piece
+        if work.is_bind:
+            assert window.key in self.unbound, "a second bind"
+            assert self.device.may_read(piece), "a window to what is not registered"
+            self.windows[window.key] = (piece.address, piece.address + piece.length)
+        else:
+            del self.windows[window.key]
+
     def announce(self, immediate: int) -> int:
         """A write with immediate takes a receive."""
         if self.wire.is_gone or self.wire.has_failed:
@@ -189,167 +226,25 @@ class FakeQueuePair:
         self.receives = 0
 
 
-class Counts:
-    """What a queue pair's sending side did."""
-
-    def __init__(self) -> None:
-        self.doorbells = 0
-        self.frames = 0
-        self.work_requests = 0
-        self.send_completions = 0
-        self.read_bytes = 0
-        """Of memory that is not inline."""
-
-
-class _Wire:
-    """The send queue of a queue pair, and the way to the peer."""
-
-    def __init__(self, owner: FakeQueuePair, depth: int) -> None:
-        self.depth = depth
-        self.peer: FakeQueuePair | None = None
-        self.has_failed = False
-        self.is_gone = False
-        self.is_held = False
-        self.withholds_acks = False
-        """The peer has it, and the sender does not know."""
-        self._owner = owner
-        self._loop = asyncio.get_running_loop()
-        self._posted: deque[Frame] = deque()
-        self._unacked: deque[Frame] = deque()
-        self._taken = 0
-        self._is_scheduled = False
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it has no work, or is gone."""
-        return self.is_gone or not (self._posted or self._unacked)
-
-    def post(self, batch: Sequence[Frame]) -> None:
-        """All of it, or none. A place is free again when it, or a later one, has completed."""
-        assert self.peer is not None
-        count = sum(map(_requests, batch))
-        if self.is_gone or self._taken + count > self.depth:
-            raise OSError(errno.ENOMEM, "the send queue is full")
-        self._taken += count
-        self._owner.counts.work_requests += count
-        # A device knows addresses, and keeps nothing alive.
-        self._posted += [
-            f._replace(pieces=[p._replace(holder=None) for p in f.pieces]) for f in batch
-        ]
-        if self.has_failed:
-            self._loop.call_soon(self._flush)
-        else:
-            self._schedule()
-
-    def carry(self, count: int) -> None:
-        """Let so many frames through, now."""
-        for _ in range(min(count, len(self._posted))):
-            if self.has_failed or self.is_gone or not self._carry_one():
-                return
-
-    def hold(self, is_held: bool = True) -> None:
-        """From now on frames go only where `carry` lets them; or as they come again."""
-        self.is_held = is_held
-        self._schedule()
-
-    def fail(self, status: int = FLUSHED) -> None:
-        """Go to the error state: all that is under way completes with an error, receives too."""
-        if not self.has_failed:
-            self.has_failed = True
-            self._loop.call_soon(self._flush, status)
-
-    def _schedule(self) -> None:
-        if self._posted and not (self._is_scheduled or self.is_held):
-            self._is_scheduled = True
-            self._loop.call_soon(self._turn)
-
-    def _turn(self) -> None:
-        self._is_scheduled = False
-        if not self.is_held:
-            self.carry(self._owner.device.frames_a_turn)
-            self._schedule()
-
-    def _carry_one(self) -> bool:
-        frame = self._posted.popleft()
-        self._unacked.append(frame)
-        status = self._execute(frame)
-        if status == NO_ANSWER and self.peer is not None and self.peer.silent:
-            return True
-        if status:
-            self.fail(status)
-        elif frame.is_signalled:
-            self._loop.call_soon(self._acknowledge, frame)
-        return not status
-
-    def _execute(self, frame: Frame) -> int:
-        assert self.peer is not None
-        target = frame.target
-        for piece in frame.pieces:
-            if not self._owner.device.may_read(piece):
-                return PROTECTION
-            status = self.peer.write(target, piece)
-            if status:
-                return status
-            self._owner.counts.read_bytes += piece.length
-            target += piece.length
-        header = ctypes.create_string_buffer(frame.header)
-        inline = Piece(ctypes.addressof(header), len(frame.header), 0)
-        status = self.peer.write(frame.cell * HEADER_BYTES, inline)
-        if status or frame.immediate is None:
-            return status
-        return self.peer.announce(frame.immediate)
-
-    def _acknowledge(self, frame: Frame) -> None:
-        """The peer's device has all up to this one."""
-        if not (self.has_failed or self.is_gone or self.withholds_acks):
-            self._complete(frame)
-
-    def acknowledge(self) -> None:
-        """All that has gone."""
-        if self._unacked:
-            self._acknowledge(self._unacked[-1])
-
-    def _complete(self, frame: Frame) -> None:
-        while self._unacked:
-            done = self._unacked.popleft()
-            self._taken -= _requests(done)
-            if done.is_signalled:
-                self._owner.counts.send_completions += 1
-                self._owner.add(done.work_id)
-            if done is frame:
-                return
-
-    def _flush(self, status: int = FLUSHED) -> None:
-        """Each work request completes, the unsignalled ones too."""
-        if self.is_gone:
-            return
-        if status != FLUSHED:  # what is under way arrived, but for the last
-            failed = self._unacked.pop()
-            if self._unacked:
-                self._complete(self._unacked[-1])
-            self._unacked.append(failed)
-        while self._unacked or self._posted:
-            frame = (self._unacked or self._posted).popleft()
-            for _ in range(_requests(frame)):
-                self._owner.add(frame.work_id, status)
-                status = FLUSHED
-            self._taken -= _requests(frame)
-        self._owner.flush_receives()
-
-
-def _requests(frame: Frame) -> int:
-    return len(frame.pieces) + 1
+def queue_pair(channel: Channel) -> FakeQueuePair:
+    """Of a channel's only lane."""
+    (port,) = channel._link.ports
+    assert isinstance(port.lane, RdmaLane)
+    assert isinstance(port.lane._qp, FakeQueuePair)
+    return port.lane._qp
 
 
 def open_lane(
     device: FakeDevice, ring: Ring, peer: Ring, *, budget: MemoryBudget = BUDGET
 ) -> tuple[FakeQueuePair, RdmaLane]:
     """A lane whose queue pair is not connected yet, made as `aiordma.lanes.verbs` makes it."""
-    depth, receives = 2 * peer.slots + QUEUE_SLACK, ring.slots + peer.slots + EXTRA_RECEIVES
-    stages = Ring(peer.slots + max(2, peer.slots // 2), peer.slot_bytes, budget=budget)
-    pair = FakeQueuePair(device, ring, stages, depth, receives)
-    sources = Sources(stages, pair.stage, device.registry.find)
-    outbox = Outbox(sources, depth=depth, peer_slots=peer.slots, peer_slot_bytes=peer.slot_bytes)
+    asked = needs(ring.slots, ring.slot_bytes, peer.slots, peer.slot_bytes)
+    stages = Ring(asked.stages, peer.slot_bytes, budget=budget)
+    pair = FakeQueuePair(device, ring, stages, asked.sends, asked.receives)
+    sources = Sources(stages, pair.stage, device.registry.find, pair.open_window)
+    outbox = Outbox(
+        sources, depth=asked.sends, peer_slots=peer.slots, peer_slot_bytes=peer.slot_bytes
+    )
     lane = RdmaLane(pair, ring, outbox, watch=pair.reservation.watch)
     pair.reservation.attach(pair.number, lane)
     return pair, lane

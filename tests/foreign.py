@@ -265,6 +265,7 @@ class Foreign:
         if isinstance(header, CreditHeader):
             self.free[lane] += [i for i in range(256) if header.slots >> i & 1]
             return header
+        assert isinstance(header, ChunkHeader)
         return header, await self.lanes[lane].read(header.length)
 
     def close(self) -> None:

@@ -10,13 +10,28 @@ import numpy as np
 
 import aiordma
 from aiordma import Channel, ChannelConfig
-from fedllm import FedAvg, FedError, Ready, Report, RoundResult, Silo, Staged, Task, run_round
+from fedllm import (
+    Aggregation,
+    FedAvg,
+    FedError,
+    Ready,
+    Report,
+    RoundResult,
+    Silo,
+    Staged,
+    Strategy,
+    Task,
+    run_round,
+)
 from fedllm.messages import FROM_SERVER, Commit, Upload
 
 SMALL = ChannelConfig(slot_bytes=1 << 14, slots=4, close_timeout_s=1.0)
 LARGE_ITEMS = 1 << 20
 """Far more than the slots of `SMALL` hold."""
 DEADLINE_S = 0.3
+
+AGGREGATE: Callable[[Mapping[str, Any]], Aggregation] = Staged
+"""How the rounds of `play` gather their updates."""
 
 Update = dict[str, np.ndarray[Any, Any]]
 Behaviour = Callable[[Channel], Awaitable[Any]]
@@ -30,6 +45,10 @@ def update(value: float) -> Update:
 
 
 WEIGHTS = update(0)
+
+
+def strategy() -> Strategy:
+    return FedAvg(aggregate=AGGREGATE)
 
 
 @asynccontextmanager
@@ -94,7 +113,7 @@ async def play(
             name: asyncio.ensure_future(behaviour(silos[name]))
             for name, behaviour in behaviours.items()
         }
-        options = {"round": 1, "strategy": FedAvg(), "min_silos": 1, **options}
+        options = {"round": 1, "strategy": strategy(), "min_silos": 1, **options}
         try:
             result = await run_round({n: servers[n] for n in behaviours}, weights, **options)
         finally:

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 
-from fedllm import aggregate
-from fedllm.aggregate import _MOVES, Stage, Staged, check_layout
+from fedllm import fold as folding
+from fedllm.aggregate import check_layout, wire_dtype
 from fedllm.errors import FedError, UpdateError, WeightsError
+from fedllm.staged import _MOVES, Stage, Staged
 from fedllm.strategy import FedAvg
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -156,7 +157,7 @@ def test_blocks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
         for i in range(5)
     }
     whole = bits(fold(silos, sorted(silos)))
-    monkeypatch.setattr(aggregate, "BLOCK_ITEMS", 64)
+    monkeypatch.setattr(folding, "BLOCK_ITEMS", 64)
     assert bits(fold(silos, sorted(silos))) == whole
 
 
@@ -234,10 +235,10 @@ def test_what_has_no_mean_is_refused_by_name(dtype: str) -> None:
 def test_another_layout_is_refused_by_name(change: Any, says: str) -> None:
     like: Update = {"w": np.ones((2, 3), np.float32), "b": np.ones(4, BF16)}
     got = dict(like)
-    check_layout(like, [(n, aggregate.wire_dtype(n, a), a.shape) for n, a in got.items()])
+    check_layout(like, [(n, wire_dtype(n, a), a.shape) for n, a in got.items()])
     change(got)
     with pytest.raises(UpdateError, match=says):
-        check_layout(like, [(n, aggregate.wire_dtype(n, a), a.shape) for n, a in got.items()])
+        check_layout(like, [(n, wire_dtype(n, a), a.shape) for n, a in got.items()])
 
 
 def test_a_contribution_makes_only_the_moves_of_its_table() -> None:
@@ -281,7 +282,7 @@ def test_who_aborts_while_a_thread_adds_is_out(monkeypatch: pytest.MonkeyPatch) 
             return found
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedllm.aggregate._MOVES", Moves(_MOVES))
+        patch.setattr("fedllm.staged._MOVES", Moves(_MOVES))
         late.add()
     aborting.join()
     good.add()

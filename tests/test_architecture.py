@@ -29,6 +29,7 @@ RDMA = (
     " aiordma.lanes.registry aiordma.lanes.statuses"
 )
 BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
+BELOW_STRATEGY = "fedllm.errors fedllm.config fedllm.aggregate fedllm.fold"
 
 ROOMS: Mapping[str, str] = {
     # module pattern: the modules of this project that it may import ("aiordma": by public name)
@@ -47,11 +48,15 @@ ROOMS: Mapping[str, str] = {
     "aiordma.stats": "",
     "aiordma.lanes": "",
     "aiordma.lanes.completion": "aiordma.errors",
-    "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames",
+    "aiordma.lanes.signals": "",
+    "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames aiordma.lanes.signals",
+    "aiordma.lanes.probe": "",
+    "aiordma.lanes.rendezvous": "aiordma.errors aiordma.wire.frames aiordma.lanes.outbox",
     "aiordma.lanes.rdma": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
-    " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox",
+    " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox aiordma.lanes.probe"
+    " aiordma.lanes.registry aiordma.lanes.rendezvous",
     "aiordma.lanes.choice": "aiordma.errors",
-    "aiordma.lanes.needs": "aiordma.ring aiordma.lanes.rdma",
+    "aiordma.lanes.needs": "aiordma.ring aiordma.lanes.outbox aiordma.lanes.rdma",
     "aiordma.lanes.registry": "aiordma.errors aiordma.lanes.outbox",
     "aiordma.lanes.statuses": "",
     "aiordma.lanes.verbs": f"{RDMA} aiordma.lanes.verbs.*",
@@ -61,14 +66,14 @@ ROOMS: Mapping[str, str] = {
     "aiordma.pulse": "aiordma.errors",
     "aiordma.queues": "aiordma.errors aiordma.wire.credit",
     "aiordma.chunk": f"aiordma.errors aiordma.tensors {WIRE}",
-    "aiordma.transfer": f"aiordma.errors aiordma.tensors aiordma.chunk {WIRE}",
-    "aiordma.loans": "",
+    "aiordma.transfer": f"aiordma.errors aiordma.tensors aiordma.chunk aiordma.loans {WIRE}",
+    "aiordma.loans": "aiordma.tensors aiordma.lanes.rendezvous",
     "aiordma.registration": "",
     "aiordma.path": "aiordma.errors aiordma.config aiordma.ring aiordma.handshake aiordma.lanes.choice"
     f" aiordma.lanes.rdma aiordma.lanes.registry aiordma.lanes.verbs {WIRE}",
     "aiordma.early": "aiordma.chunk aiordma.wire.frames",
     "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.tensors aiordma.chunk aiordma.transfer"
-    f" aiordma.lanes.base {WIRE}",
+    f" aiordma.lanes.base aiordma.lanes.rendezvous {WIRE}",
     "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.chunk aiordma.control"
     f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early"
     f" aiordma.loans aiordma.port {WIRE}",
@@ -87,14 +92,17 @@ ROOMS: Mapping[str, str] = {
     "aiordma.doctor.*": "aiordma aiordma.errors aiordma.lanes.choice aiordma.lanes.needs"
     " aiordma.lanes.verbs aiordma.doctor aiordma.doctor.*",
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
-    "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.strategy fedllm.backoff fedllm.checkpoint"
-    " fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
+    "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
+    " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
     " fedllm.server fedllm.silo fedllm.joining",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
-    "fedllm.aggregate": "aiordma.errors fedllm.errors fedllm.config",
-    "fedllm.strategy": "aiordma.errors fedllm.errors fedllm.config fedllm.aggregate",
+    "fedllm.aggregate": "aiordma fedllm.errors",
+    "fedllm.fold": "fedllm.errors",
+    "fedllm.staged": f"aiordma {BELOW_STRATEGY}",
+    "fedllm.aligned": f"aiordma {BELOW_STRATEGY}",
+    "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
     "fedllm.adapters": "fedllm.errors",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
@@ -131,7 +139,8 @@ BLIND: Mapping[str, str] = {
     # module patterns: what may never be imported there
     "aiordma.wire*": f"{CLOCKS} threading",
     "fedllm.config": f"{CLOCKS} threading",
-    "fedllm.aggregate": CLOCKS,  # updates are checked and folded in threads
+    "fedllm.aggregate": f"{CLOCKS} threading",
+    "fedllm.fold": CLOCKS,  # updates are checked and folded in threads
     "fedllm.strategy": f"{CLOCKS} threading",
 }
 

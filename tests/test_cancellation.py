@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 
 from aiordma import Busy, Channel, ChannelConfig, Transfer, TransferAborted
+from tests.conftest import no_verbs
 from tests.foreign import nothing_left
 from tests.harness import (
     CANARY,
-    LANES,
+    LANE_PARAMS,
     cancel,
     channel_pair,
     noise,
@@ -36,10 +38,10 @@ class Case:
     """Where and with what a property is tried."""
 
     loop_kind: str
-    kind: str
     lanes: int
     checksum: bool
     confirm: bool
+    is_registered: bool
     slot_bytes: int
     slots_64th: int
 
@@ -48,10 +50,18 @@ class Case:
         """Of a transfer."""
         return min(self.slot_bytes * self.slots_64th // 64, 4 << 20)
 
-    def run(self, scene: Callable[[Case, Channel, Channel], Awaitable[None]]) -> None:
-        run(self._run(scene), self.loop_kind)
+    def memory(self, channel: Channel, array: np.ndarray) -> np.ndarray:
+        """The array, which a device may read and write where it lies, if that is the case."""
+        if self.is_registered and array.nbytes:
+            channel.register(array)
+        return array
 
-    async def _run(self, scene: Callable[[Case, Channel, Channel], Awaitable[None]]) -> None:
+    def run(self, kind: str, scene: Callable[[Case, Channel, Channel], Awaitable[None]]) -> None:
+        run(self._run(kind, scene), self.loop_kind)
+
+    async def _run(
+        self, kind: str, scene: Callable[[Case, Channel, Channel], Awaitable[None]]
+    ) -> None:
         config = ChannelConfig(
             slot_bytes=self.slot_bytes,
             slots=4,
@@ -60,7 +70,7 @@ class Case:
             messages=4,
             open_transfers=4,
         )
-        async with nothing_left(), channel_pair(self.kind, config) as (near, far):
+        async with nothing_left(), channel_pair(kind, config) as (near, far):
             await scene(self, near, far)
             await usable(near, far)
 
@@ -68,13 +78,16 @@ class Case:
 cases = st.builds(
     Case,
     loop_kind=st.sampled_from(["asyncio", "uvloop"]),
-    kind=st.sampled_from(LANES),
     lanes=st.integers(1, 3),
     checksum=st.booleans(),
     confirm=st.booleans(),
+    is_registered=st.booleans(),
     slot_bytes=st.sampled_from([4096, 256 << 10]),  # the large ones come in several pieces over TCP
     slots_64th=st.one_of(st.integers(0, 3 * 64), st.integers(3 * 64, 60 * 64)),
 )
+EXAMPLES = 60 if no_verbs() else 15
+"""A device takes its time."""
+on_every_lane = pytest.mark.parametrize("kind", LANE_PARAMS)
 points = st.one_of(st.integers(0, 12), st.integers(0, 120))
 """After how many turns of the loop."""
 
@@ -106,12 +119,13 @@ async def consume(channel: Channel, how: str, truth: np.ndarray) -> None:
                 await asyncio.sleep(0)
 
 
+@on_every_lane
 @given(cases, st.sampled_from(CONSUMERS), points, points)
-@settings(max_examples=300)
-def test_a_send(case: Case, how: str, head_start: int, point: int) -> None:
+@settings(max_examples=EXAMPLES)
+def test_a_send(kind: str, case: Case, how: str, head_start: int, point: int) -> None:
     async def scene(case: Case, near: Channel, far: Channel) -> None:
         truth = noise(case.nbytes)
-        memory = truth.copy()
+        memory = case.memory(near, truth.copy())
 
         async def send() -> None:
             try:
@@ -138,7 +152,7 @@ def test_a_send(case: Case, how: str, head_start: int, point: int) -> None:
                 far.recv_tensor()
             )  # acknowledged, and waits in its slot; its memory was overwritten since
 
-    case.run(scene)
+    case.run(kind, scene)
 
 
 # Receiving
@@ -186,12 +200,13 @@ async def consume_chunks(transfer: Transfer, into: np.ndarray) -> None:
 RECEIVERS = ["recv_tensor into", "recv_tensors into", "recv_tensors", "into", "chunks"]
 
 
+@on_every_lane
 @given(cases, st.sampled_from(RECEIVERS), points, points)
-@settings(max_examples=300)
-def test_a_receive(case: Case, how: str, head_start: int, point: int) -> None:
+@settings(max_examples=EXAMPLES)
+def test_a_receive(kind: str, case: Case, how: str, head_start: int, point: int) -> None:
     async def scene(case: Case, near: Channel, far: Channel) -> None:
         truth = noise(case.nbytes)
-        memory = np.full_like(truth, CANARY)
+        memory = case.memory(far, np.full_like(truth, CANARY))
         was_moved = False
 
         taken: list[Transfer] = []
@@ -235,12 +250,15 @@ def test_a_receive(case: Case, how: str, head_start: int, point: int) -> None:
         if first.cancelled():
             assert (memory == CANARY).all(), "written after the call returned"
 
-    case.run(scene)
+    case.run(kind, scene)
 
 
+@on_every_lane
 @given(cases, st.lists(points, min_size=1, max_size=6), st.integers(0, 6))
-@settings(max_examples=300)
-def test_many_receives_of_many_transfers(case: Case, axes: list[int], spared: int) -> None:
+@settings(max_examples=EXAMPLES)
+def test_many_receives_of_many_transfers(
+    kind: str, case: Case, axes: list[int], spared: int
+) -> None:
     """Those that were not cancelled get what was not aborted, in the order of the calls."""
 
     async def scene(case: Case, near: Channel, far: Channel) -> None:
@@ -266,7 +284,7 @@ def test_many_receives_of_many_transfers(case: Case, axes: list[int], spared: in
             assert np.array_equal(received.arrays["tensor"], noise(case.nbytes, seed))
         assert {type(outcome) for outcome in outcomes} <= {type(None), TransferAborted}
 
-    case.run(scene)
+    case.run(kind, scene)
 
 
 async def drain(channel: Channel, into: list[Any]) -> None:
@@ -274,9 +292,10 @@ async def drain(channel: Channel, into: list[Any]) -> None:
         into.append(await channel.recv_tensors())
 
 
+@on_every_lane
 @given(cases, st.lists(st.tuples(st.booleans(), points, st.booleans()), max_size=60))
-@settings(max_examples=300)
-def test_messages(case: Case, calls: list[tuple[bool, int, bool]]) -> None:
+@settings(max_examples=EXAMPLES)
+def test_messages(kind: str, case: Case, calls: list[tuple[bool, int, bool]]) -> None:
     async def scene(case: Case, near: Channel, far: Channel) -> None:
         senders: list[asyncio.Task[None]] = []
         takers: list[asyncio.Task[int]] = []
@@ -295,18 +314,19 @@ def test_messages(case: Case, calls: list[tuple[bool, int, bool]]) -> None:
         sent = [i for i, task in enumerate(senders) if not task.cancelled()]
         assert sorted(taken) == sent, "lost, doubled, or sent though it was cancelled"
 
-    case.run(scene)
+    case.run(kind, scene)
 
 
 CALLS = ["send", "recv", "send_tensor", "recv_tensor", "ping", "incoming"]
 
 
+@on_every_lane
 @given(
     cases,
     st.lists(st.tuples(st.sampled_from(CALLS), st.booleans(), points, points), max_size=25),
 )
-@settings(max_examples=300)
-def test_anything(case: Case, plan: list[tuple[str, bool, int, int]]) -> None:
+@settings(max_examples=EXAMPLES)
+def test_anything(kind: str, case: Case, plan: list[tuple[str, bool, int, int]]) -> None:
     """A crowd of calls at both ends, each cancelled at some time."""
 
     async def scene(case: Case, near: Channel, far: Channel) -> None:
@@ -354,4 +374,4 @@ def test_anything(case: Case, plan: list[tuple[str, bool, int, int]]) -> None:
             await round_trips(near, far)
             await cancel(left)
 
-    case.run(scene)
+    case.run(kind, scene)

@@ -61,6 +61,7 @@ AIORDMA = {
 }
 FEDLLM = {
     "Aggregation",
+    "Aligned",
     "Backoff",
     "CheckpointError",
     "Checkpoints",
@@ -89,6 +90,7 @@ FEDLLM = {
     "SettingError",
     "Silo",
     "Staged",
+    "StagingError",
     "Status",
     "Strategy",
     "Task",

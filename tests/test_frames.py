@@ -14,9 +14,11 @@ from aiordma.wire.frames import (
     HEADER_BYTES,
     ChunkHeader,
     CreditHeader,
+    WindowHeader,
     decode,
     encode_chunk,
     encode_credit,
+    encode_window,
     payload_check,
 )
 
@@ -28,6 +30,16 @@ chunks = st.builds(
     transfer=words,
     offset=words,
     check=st.none() | words,
+    is_in_place=st.booleans(),
+)
+windows = st.builds(
+    WindowHeader,
+    number=st.integers(0, 0xFFFF),
+    key=st.integers(0, 0xFFFFFFFF),
+    transfer=words,
+    offset=words,
+    nbytes=words,
+    address=words,
 )
 slot_sets = st.sets(st.integers(0, 255)) | st.sampled_from([set(), set(range(256))])
 
@@ -41,6 +53,7 @@ frames = st.one_of(
     st.tuples(slot_sets, words).map(
         lambda pair: (encode_credit(bitmap_of(pair[0]), pair[1]), pair[1])
     ),
+    st.tuples(windows, words).map(lambda pair: (encode_window(*pair), pair[1])),
 )
 
 
@@ -49,6 +62,13 @@ def test_a_chunk_header_survives_the_wire(header: Any, sequence: Any, kind: Any)
     frame = encode_chunk(header, sequence)
     assert len(frame) == HEADER_BYTES
     assert decode(kind(frame), sequence) == header
+
+
+@given(windows, words)
+def test_a_window_header_survives_the_wire(window: Any, sequence: Any) -> None:
+    frame = encode_window(window, sequence)
+    assert len(frame) == HEADER_BYTES
+    assert decode(frame, sequence) == window
 
 
 @given(slot_sets, words)
@@ -88,8 +108,8 @@ def test_random_bytes_are_an_error(frame: Any, sequence: Any) -> None:
 
 
 @given(
-    st.sampled_from([0, 1, 2, 3, 255]),
-    st.sampled_from([0, 1, 2, 3, 255]),
+    st.sampled_from([0, 1, 2, 3, 4, 255]),
+    st.sampled_from([0, 1, 2, 3, 4, 255]),
     st.binary(min_size=42, max_size=42) | st.just(bytes(42)),
     words,
 )
@@ -104,6 +124,8 @@ def test_a_forged_frame_is_one_that_we_could_have_sent_or_an_error(
         return
     if isinstance(header, ChunkHeader):
         assert encode_chunk(header, sequence) == frame
+    elif isinstance(header, WindowHeader):
+        assert encode_window(header, sequence) == frame
     else:
         assert encode_credit(header.slots, sequence) == frame
 
@@ -111,9 +133,10 @@ def test_a_forged_frame_is_one_that_we_could_have_sent_or_an_error(
 @pytest.mark.parametrize(
     ("kind", "flags", "at", "text"),
     [
-        (3, 0, None, "of kind 3 with flags"),
+        (4, 0, None, "of kind 4 with flags"),
         (0, 0, None, "of kind 0 with flags"),
-        (1, 2, None, "of kind 1 with flags"),
+        (1, 4, None, "of kind 1 with flags"),
+        (1, 2, 32, "of kind 1 with flags"),
         (1, 1, 12, "of kind 1 with flags"),
         (1, 1, 40, "of kind 1 with flags"),
         (1, 0, 32, "of kind 1 with flags"),
@@ -121,6 +144,8 @@ def test_a_forged_frame_is_one_that_we_could_have_sent_or_an_error(
         (2, 0, 6, "of kind 2 with flags"),
         (2, 0, 8, "of kind 2 with flags"),
         (2, 0, 12, "of kind 2 with flags"),
+        (3, 1, None, "of kind 3 with flags"),
+        (3, 0, 12, "of kind 3 with flags"),
     ],
 )
 def test_kinds_and_bits_of_other_versions_are_refused(

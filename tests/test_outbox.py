@@ -14,11 +14,22 @@ from hypothesis.stateful import (
     rule,
 )
 
-from aiordma.lanes.outbox import MAX_PIECES, Frame, Kind, Outbox, Piece, Sources
+from aiordma.config import MAX_SLOTS
+from aiordma.lanes.outbox import (
+    MAX_PIECES,
+    WINDOWS,
+    Frame,
+    Kind,
+    Outbox,
+    Piece,
+    Sources,
+    Window,
+    WindowWork,
+)
 from aiordma.ring import CELLS, MemoryBudget, Ring, slot_offset
 from aiordma.wire import frames
 from aiordma.wire.credit import bits
-from aiordma.wire.frames import ChunkHeader, CreditHeader
+from aiordma.wire.frames import ChunkHeader, CreditHeader, WindowHeader
 
 SLOT = 64
 REGISTERED = memoryview(bytearray(SLOT))
@@ -31,7 +42,9 @@ def outbox_of(slots: int, depth: int, stages: int) -> Outbox:
 
     ring = Ring(stages, SLOT, budget=MemoryBudget(1 << 40))
     assert ring.slots == stages
-    sources = Sources(ring, lambda index, nbytes: Piece(1000 + index, nbytes, 8), find)
+    sources = Sources(
+        ring, lambda index, nbytes: Piece(1000 + index, nbytes, 8), find, lambda memory: None
+    )
     return Outbox(sources, depth=depth, peer_slots=slots, peer_slot_bytes=SLOT)
 
 
@@ -40,8 +53,8 @@ def parts_of(kind: str, count: int) -> list[memoryview]:
     return [source[:1]] * count
 
 
-def requests(frame: Frame) -> int:
-    return len(frame.pieces) + 1
+def requests(frame: Frame | WindowWork) -> int:
+    return len(frame.pieces) + 1 if isinstance(frame, Frame) else 1
 
 
 class Conversation(RuleBasedStateMachine):
@@ -51,17 +64,22 @@ class Conversation(RuleBasedStateMachine):
         slots=st.integers(4, 40), slack=st.integers(0, 200), stages_beside=st.integers(0, 20)
     )
     def begin(self, slots: int, slack: int, stages_beside: int) -> None:
-        self.slots, self.depth = slots, 2 * slots + 40 + slack
+        self.slots, self.depth = slots, 2 * slots + 40 + 5 * WINDOWS + slack
         self.stages = max(4, slots // 2 + stages_beside)
         self.outbox = outbox_of(slots, self.depth, self.stages)
         self.free = list(range(slots))  # the peer's, as we know it
         self.untold: deque[ChunkHeader] = deque()  # added, and not completed
-        self.queue: deque[Frame] = deque()  # posted, and still in the send queue
+        self.queue: deque[Frame | WindowWork] = deque()  # posted, and still in the send queue
         self.at_peer: list[int] = []  # slots that it could give back
         self.to_give = 0
         self.given = 0
         self.sequence = 0
         self.added = 0
+        self.windows: dict[int, Window] = {}  # ours, until they are invalidated
+        self.stopping: set[int] = set()
+        self.closing: set[int] = set()
+        self.aims: dict[int, WindowHeader] = {}  # the peer's
+        self.unsaid: set[int] = set()  # of those, which we have not said that we stopped
 
     # What the channel does
 
@@ -92,7 +110,9 @@ class Conversation(RuleBasedStateMachine):
             self.queue.append(frame)
             self.deliver(frame)
         assert self.outbox.last_id >= (self.queue[-1].work_id if self.queue else 0)
-        if not goes_on:
+        if self.outbox._quiet:
+            assert self.is_due
+        elif not goes_on:
             assert not self.outbox._waiting
             assert self.is_due or not self.untold or self.peer_owes
 
@@ -101,11 +121,55 @@ class Conversation(RuleBasedStateMachine):
         """A completion tells when its memory is free, whatever the peer does, and whatever else is sent."""
         is_reading = not self.outbox.is_done_with(transfer)
         assert not is_reading or any(header.transfer == transfer for header in self.untold)
-        self.batch(goes_on=False)
-        if is_reading:
-            while self.is_due:
+        for _ in range(2):  # windows may have held it back
+            self.batch(goes_on=False)
+            while is_reading and self.is_due:
                 self.complete()
-            assert self.outbox.is_done_with(transfer)
+        assert not is_reading or self.outbox.is_done_with(transfer)
+
+    # Windows
+
+    @precondition(lambda self: len(self.windows) < WINDOWS)
+    @rule()
+    def announce(self) -> None:
+        number = next(n for n in range(WINDOWS) if n not in self.windows)
+        window = Window(Piece(1, 1, 1), number, None, lambda: None)
+        self.windows[number] = window
+        self.outbox.announce(window, WindowHeader(number, number, 1, 0, 1, 1))
+
+    @precondition(lambda self: self.windows.keys() - self.stopping - self.closing)
+    @rule(is_asked=st.booleans())
+    def close(self, is_asked: bool) -> None:
+        number = min(self.windows.keys() - self.stopping - self.closing)
+        if is_asked:
+            self.stopping.add(number)
+            self.outbox.stop(number)
+        else:
+            self.closing.add(number)
+            self.outbox.invalidate(self.windows[number])
+
+    @precondition(lambda self: self.stopping - self.closing)
+    @rule()
+    def was_stopped(self) -> None:
+        number = min(self.stopping - self.closing)
+        self.closing.add(number)
+        self.outbox.invalidate(self.windows[number])
+
+    @precondition(lambda self: len(self.aims) + len(self.unsaid) < WINDOWS)
+    @rule(transfer=st.integers(1, 3), first=st.integers(0, 20), nbytes=st.integers(1, 40))
+    def aim(self, transfer: int, first: int, nbytes: int) -> None:
+        number = next(n for n in range(WINDOWS) if n not in self.aims.keys() | self.unsaid)
+        self.aims[number] = WindowHeader(number, 9, transfer, first, nbytes, 1 << 40)
+        self.outbox.aim(self.aims[number])
+
+    @precondition(lambda self: self.aims)
+    @rule()
+    def stop(self) -> None:
+        """What goes out from now on does not go there."""
+        number = min(self.aims)
+        del self.aims[number]
+        self.unsaid.add(number)
+        self.outbox.stopped(number)
 
     # What the device and the peer do
 
@@ -119,6 +183,10 @@ class Conversation(RuleBasedStateMachine):
         told = self.outbox.completed(frame.work_id)
         assert told == [self.untold.popleft() for _ in told]
         assert not self.outbox.completed(frame.work_id)
+        for window in self.outbox.take_invalidated():
+            self.closing.remove(window.key)
+            self.stopping.discard(window.key)
+            del self.windows[window.key]
 
     @precondition(lambda self: self.at_peer)
     @rule(data=st.data())
@@ -132,25 +200,44 @@ class Conversation(RuleBasedStateMachine):
                 self.add("registered", 1, 1)
         self.batch(goes_on=False)
 
-    def deliver(self, frame: Frame) -> None:
+    def deliver(self, frame: Frame | WindowWork) -> None:
+        if isinstance(frame, WindowWork):
+            assert self.windows[frame.window.key] is frame.window
+            assert all(isinstance(earlier, WindowWork) for earlier in self.queue)
+            assert frame.is_bind or frame.window.key in self.closing
+            return
         kind, index = divmod(frame.immediate or 0, 1 << 16)
         if frame.immediate is None:
             assert not frame.header
             assert not frame.pieces
+            return
+        if kind in (Kind.STOP, Kind.STOPPED):
+            if kind == Kind.STOPPED:  # only now may the peer use its number again
+                self.unsaid.remove(index)
             return
         self.sequence += 1
         header = frames.decode(frame.header, self.sequence)
         if kind == Kind.CREDIT:
             assert isinstance(header, CreditHeader)
             assert frame.cell == index
-            assert CELLS // 2 <= index < CELLS
+            assert MAX_SLOTS <= index < 2 * MAX_SLOTS
             self.to_give &= ~header.slots
             self.given += len(bits(header.slots))
+        elif kind == Kind.WINDOW:
+            assert isinstance(header, WindowHeader)
+            assert 2 * MAX_SLOTS <= frame.cell == index < CELLS
         else:
             assert kind == Kind.CHUNK
             assert isinstance(header, ChunkHeader)
             assert header.slot == index == frame.cell
-            assert frame.target == slot_offset(index, SLOT)
+            aim = next((aim for aim in self.aims.values() if aim.holds(header)), None)
+            assert header.is_in_place is (aim is not None)
+            if aim is None:
+                assert frame.key is None
+                assert frame.target == slot_offset(index, SLOT)
+            else:
+                assert frame.key == 9
+                assert frame.target == (1 << 40) + header.offset - aim.offset
             assert sum(piece.length for piece in frame.pieces) == header.length
             self.at_peer.append(index)
 
@@ -193,7 +280,8 @@ class Conversation(RuleBasedStateMachine):
         assert not self.untold
         assert not self.to_give
         self.outbox.end()
-        (end,) = self.outbox.batch()
+        *_, end = self.outbox.batch()
+        assert isinstance(end, Frame)
         assert end.is_signalled
         assert end.immediate == Kind.END << 16
 
@@ -212,7 +300,7 @@ def test_completions_are_few_in_bulk(
     slots: int, quarter: bool, is_prompt: bool, kind: str, eager: int
 ) -> None:
     """However soon they come, and however few slots a CREDIT gives back."""
-    depth = 2 * slots + 160
+    depth = 2 * slots + 160 + 5 * WINDOWS
     outbox = outbox_of(slots, depth, slots + max(2, slots // 2))
     signalled = added = 0
     free, at_peer, due = list(range(slots)), deque[int](), deque[int]()
@@ -250,7 +338,7 @@ def test_completions_are_few_in_bulk(
 @pytest.mark.parametrize("room", [9, 1])
 def test_chunks_that_may_be_the_last_ask(room: int) -> None:
     """Nobody waits a round trip for a marker after a transfer that went at once."""
-    outbox = outbox_of(8, 17 * room + 8, 12)
+    outbox = outbox_of(8, 17 * room + 8 + 5 * WINDOWS, 12)
     assert outbox.room == room
     outbox.add(ChunkHeader(0, 1, 1, 0, None), parts_of("registered", 1))
     (frame,) = outbox.batch()
@@ -259,7 +347,7 @@ def test_chunks_that_may_be_the_last_ask(room: int) -> None:
 
 
 def test_credits_alone_ask_now_and_then() -> None:
-    outbox = outbox_of(8, 80, 12)
+    outbox = outbox_of(8, 80 + 5 * WINDOWS, 12)
     signalled = 0
     for _ in range(10_000):
         outbox.credit(1)
@@ -267,4 +355,4 @@ def test_credits_alone_ask_now_and_then() -> None:
             if frame.is_signalled:
                 signalled += 1
                 outbox.completed(frame.work_id)
-    assert signalled == 10_000 // 20
+    assert signalled == 10_000 // 40

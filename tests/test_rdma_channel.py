@@ -12,7 +12,7 @@ import pytest
 
 from aiordma import Channel, ChannelConfig, TransferAborted
 from aiordma.errors import ChannelBroken
-from tests.fake_device import FakeQueuePair
+from tests.fake_device import queue_pair
 from tests.foreign import nothing_left
 from tests.harness import cancel, channel_pair, noise, round_trips, turns, until, usable
 
@@ -30,13 +30,6 @@ async def pair() -> AsyncIterator[Pair]:
             yield near, far
             if not near.is_closed:
                 await usable(near, far)
-
-
-def queue_pair(channel: Channel) -> FakeQueuePair:
-    (port,) = channel._link.ports
-    found = port.lane._qp  # type: ignore[attr-defined]
-    assert isinstance(found, FakeQueuePair)
-    return found
 
 
 async def fold(channel: Channel) -> int:

@@ -29,7 +29,7 @@ def pinned() -> list[weakref.ref[Pinned]]:
 
 @pytest.fixture
 def registry(pinned) -> Registry:
-    def pin(address: int, nbytes: int) -> Pinned:
+    def pin(address: int, nbytes: int, is_writable: bool) -> Pinned:
         region = Pinned()
         pinned.append(weakref.ref(region))
         return region
@@ -80,7 +80,7 @@ def test_memory_that_its_owner_lets_go_of_is_kept_until_the_owner_goes(registry,
 
 def test_a_torch_parameter_whose_data_is_swapped():
     torch = pytest.importorskip("torch")
-    registry = Registry(lambda address, nbytes: Pinned(), 1000)
+    registry = Registry(lambda *_: Pinned(), 1000)
     parameter = torch.nn.Parameter(torch.zeros(10))
     registry.add(parameter, parameter.detach().view(torch.uint8).numpy().data)
     old = parameter.detach().data_ptr()
@@ -103,7 +103,7 @@ def test_what_was_asked_for_least_recently_makes_room(registry):
 
 
 def test_any_order_of_coming_and_going():
-    registry = Registry(lambda address, nbytes: Pinned(), 1 << 20)
+    registry = Registry(lambda *_: Pinned(), 1 << 20)
     rng = random.Random(5)
     live: list[np.ndarray] = []
     for _ in range(500):

@@ -10,7 +10,7 @@ import pytest
 
 import aiordma
 from aiordma import Channel
-from fedllm import Ready, Status, UpdateError
+from fedllm import Aligned, Ready, Staged, Status, UpdateError
 from fedllm.messages import FROM_SERVER, Commit, Decline, Upload
 from tests.playing import (
     INF,
@@ -37,6 +37,12 @@ from tests.playing import (
 )
 
 pytestmark = pytest.mark.usefixtures("loop_kind", "no_leaks")
+
+
+@pytest.fixture(autouse=True, params=[Staged, Aligned])
+def aggregate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, either way."""
+    monkeypatch.setattr("tests.playing.AGGREGATE", request.param)
 
 
 BAD: dict[str, tuple[Update, float, str]] = {
@@ -157,6 +163,7 @@ async def test_who_dies_while_the_others_wait_is_left_out(dies: Behaviour):
     assert bits(result.weights) == bits(ones)
 
 
+@pytest.mark.parametrize("aggregate", [Staged], indirect=True)  # aligned, all uploads end together
 async def test_who_dies_after_its_upload_counts():
     async def die(channel: Channel) -> None:
         task, attempt = await be_asked(channel)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aiordma import Channel
-from fedllm import FedAvg, QuorumNotReached, Report, SettingError, Status, run_round
+from fedllm import Aligned, QuorumNotReached, Report, SettingError, Staged, Status, run_round
 from fedllm.messages import FROM_SERVER, Commit
 from tests.playing import (
     DEADLINE_S,
@@ -34,11 +34,18 @@ from tests.playing import (
     play,
     say_ready,
     silo_on,
+    strategy,
     take_task,
     takes_part,
 )
 
 pytestmark = pytest.mark.usefixtures("loop_kind", "no_leaks")
+
+
+@pytest.fixture(autouse=True, params=[Staged, Aligned])
+def aggregate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, either way."""
+    monkeypatch.setattr("tests.playing.AGGREGATE", request.param)
 
 
 async def test_a_round_is_the_weighted_mean_and_all_are_told():
@@ -92,7 +99,7 @@ async def test_who_is_late_is_told_and_takes_part_in_the_next_round():
             servers,
             WEIGHTS,
             round=1,
-            strategy=FedAvg(),
+            strategy=strategy(),
             min_silos=1,
             train_deadline_s=DEADLINE_S,
         )
@@ -169,11 +176,11 @@ async def test_a_quorum_that_breaks_during_the_upload_changes_nothing():
 
 async def test_a_round_without_silos_has_no_quorum():
     with pytest.raises(QuorumNotReached, match="0 of 0 silos"):
-        await run_round({}, WEIGHTS, round=1, strategy=FedAvg(), min_silos=1)
+        await run_round({}, WEIGHTS, round=1, strategy=strategy(), min_silos=1)
     wrong: tuple[dict[str, Any], ...] = ({"min_silos": 0}, {"min_silos": 1, "upload_deadline_s": 0})
     for options in wrong:
         with pytest.raises(SettingError):
-            await run_round({}, WEIGHTS, round=1, strategy=FedAvg(), **options)
+            await run_round({}, WEIGHTS, round=1, strategy=strategy(), **options)
 
 
 async def reach_nothing(channel: Channel) -> None:
@@ -208,7 +215,7 @@ async def test_a_cancelled_round_leaves_usable_channels(reach: Behaviour):
 
         going_on = asyncio.ensure_future(go_on_until_accepted(silos["a"]))
         running = asyncio.ensure_future(
-            run_round(servers, LARGE, round=1, strategy=FedAvg(), min_silos=2)
+            run_round(servers, LARGE, round=1, strategy=strategy(), min_silos=2)
         )
         reached = await reach(silos["c"])
         running.cancel()

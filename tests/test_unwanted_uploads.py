@@ -23,7 +23,6 @@ from fedllm import (
     join,
     run_round,
 )
-from fedllm.aggregate import Stage, StagedContribution
 from fedllm.messages import (
     FROM_SERVER,
     JOIN_ANSWER,
@@ -34,6 +33,7 @@ from fedllm.messages import (
     Task,
     Upload,
 )
+from fedllm.staged import Stage, StagedContribution
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -43,6 +43,9 @@ class Accept(msgspec.Struct, frozen=True, tag=True):
 class Receive(msgspec.Struct, frozen=True, tag=True):
     """Receive a delivery, by any number of transfers: the `meta` of each is where it begins."""
 
+    is_in_place: bool = False
+    """It is one transfer, and goes to registered memory, which is compared when it is consumed."""
+
 
 class Report(msgspec.Struct, frozen=True, tag=True):
     """Answered when all of it was received and right, with what it took."""
@@ -84,6 +87,7 @@ class FarEnd:
         self._host = host
         self._stall_s = stall_s
         self._expected = payload.source(0)
+        self._into = payload.source(0)
         self._listener: aiordma.Listener | None = None
         self._channel: Channel | None = None
         self._meter: Meter | None = None
@@ -116,7 +120,8 @@ class FarEnd:
             case Receive():
                 assert self._channel is not None
                 assert self._meter is not None
-                self._receiving = asyncio.create_task(self._receive(self._channel, self._meter))
+                receive = self._receive_in_place if order.is_in_place else self._receive
+                self._receiving = asyncio.create_task(receive(self._channel, self._meter))
             case Report():
                 assert self._receiving is not None
                 return Answer(usage=await self._receiving)
@@ -161,6 +166,17 @@ class FarEnd:
                 if left_bytes <= 0:
                     return meter.usage(channel)
         raise BenchError(f"the channel ended {left_bytes} bytes too early")
+
+    async def _receive_in_place(self, channel: Channel, meter: Meter) -> Usage:
+        if self._into.nbytes != self._expected.nbytes:
+            self._into = np.zeros_like(self._expected)
+        channel.register(self._into)
+        self._into[:] = 0
+        meter.start(channel)
+        await channel.recv_tensor(into=self._into)
+        usage = meter.usage(channel)
+        verify_part(self._expected, 0, self._into.data)
+        return usage
 
     async def _serve_yardstick(self, order: ServeYardstick) -> int:
         assert self._channel is not None

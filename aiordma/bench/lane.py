@@ -16,10 +16,10 @@ from aiordma.bench.payload import Buffer, source
 from aiordma.bench.plan import KiB, MiB, Spread
 from aiordma.bench.run import Progress, describe_host, in_turn
 
-Way = Literal["registered", "ring"]
+Way = Literal["in place", "registered", "ring"]
 
 YARDSTICK: Final = "ib_write_bw"
-WAYS: Final[tuple[Way, ...]] = ("registered", "ring")
+WAYS: Final[tuple[Way, ...]] = ("in place", "registered", "ring")
 _LEAST_ITERATIONS: Final = 5
 """perftest takes no fewer."""
 
@@ -30,7 +30,7 @@ class LanePlan(msgspec.Struct, frozen=True):
     sizes: tuple[int, ...] = (64 * KiB, 256 * KiB, MiB)
     """Bytes of a message of ib_write_bw, and of a chunk (slot_bytes) of ours."""
     rounds: int = 10
-    """Each round measures all three, in turn; one more round before them warms up."""
+    """Each round measures all of them, in turn; one more round before them warms up."""
     total_bytes: int = 64 * MiB
     """What each of them moves in a round."""
     slots: int = 8
@@ -103,17 +103,18 @@ async def measure(plan: LanePlan, progress: Progress) -> LaneFindings:
 
 
 async def _measure_size(plan: LanePlan, size: int, far: Far, link: Link) -> list[LaneRow]:
-    arrays: dict[Way, Buffer] = {way: source(plan.total_bytes) for way in WAYS}
+    pinned, other = (source(plan.total_bytes) for _ in range(2))
     rates: list[float] = []
     samples: dict[Way, list[Sample]] = {way: [] for way in WAYS}
-    with link.channel.register(arrays["registered"]):
+    contenders: tuple[Way | None, ...] = (None, *WAYS)
+    with link.channel.register(pinned):
         for number in range(1 + plan.rounds):
-            for contender in in_turn((YARDSTICK, *WAYS), number):
-                if contender == YARDSTICK:
+            for way in in_turn(contenders, number):
+                if way is None:
                     rates.append(await far.yardstick(link, size, plan.total_bytes // size))
-                else:
-                    way: Way = "ring" if contender == "ring" else "registered"
-                    samples[way].append(await link.deliver(_whole(arrays[way])))
+                    continue
+                send = _whole(other if way == "ring" else pinned)
+                samples[way].append(await link.deliver(send, is_in_place=way == "in place"))
     return [_row(plan, size, way, rates[1:], samples[way][1:]) for way in WAYS]
 
 

@@ -9,20 +9,22 @@ from aiordma.bench.plan import MiB
 from aiordma.bench.tables import figure, size, spread, table
 
 _HOW: Final = """\
-How: the two ways of aiordma and ib_write_bw (perftest: plain WRITEs on one queue pair, no immediates) take turns
+How: three ways of aiordma and ib_write_bw (perftest: plain WRITEs on one queue pair, no immediates) take turns
 round by round, in changing order, over the same device, port and address. ib_write_bw runs without -e: perftest
 refuses it for WRITE, so it polls without pause, where aiordma sleeps until the device tells.
-MB/s: aiordma from the sender's call until the receiver has compared every byte, where it lies in the ring, with
-  what it must be, released it, and said so; ib_write_bw its own average, of which nobody looks at a byte.
-  MB are 10^6 bytes; median of the rounds (least..greatest).
+MB/s: aiordma from the sender's call until the receiver has consumed the last byte and said so; ib_write_bw its own
+  average, of which nobody looks at a byte. MB are 10^6 bytes; median of the rounds (least..greatest).
 ratio: median of the rounds' ratios (least..greatest).
-registered: sent from memory that was given to channel.register(); ring: from any memory, by one copy.
+in place: from memory that was given to channel.register() to such memory, which is what ib_write_bw does; every byte
+  is compared with what it must be after the time that counts.
+registered: from such memory to the ring; ring: from any memory, by one copy. Both compare every byte where it lies in
+  the ring, within the time that counts.
 CPU: user and system seconds a GB of each process, sender + receiver, without what the kernel does on its own account.
 copied: user-space copies of a delivery, sender + receiver."""
 
 _HEAD: Final = (
     "message",
-    "from",
+    "way",
     "MB/s",
     f"{YARDSTICK} MB/s",
     "ratio",

@@ -37,7 +37,7 @@ Address = tuple[str, int]
 
 
 class Sample(NamedTuple):
-    """One delivery: from the sender's call until the receiver has verified the last byte, and said so."""
+    """One delivery: from the sender's call until the receiver has consumed the last byte, and said so."""
 
     seconds: float
     sender: Usage
@@ -105,12 +105,15 @@ class Link(NamedTuple):
     channel: Channel
     meter: Meter
 
-    async def deliver(self, send: Callable[[Link], Awaitable[None]]) -> Sample:
+    async def deliver(
+        self, send: Callable[[Link], Awaitable[None]], *, is_in_place: bool = False
+    ) -> Sample:
         """Time `send`, which sends all that the far end expects, and returns when it was consumed.
 
-        Raises `CorruptTransfer` if others came, else what `send` raises.
+        Consumed is what was compared in the ring, or, if `is_in_place`, what lies in registered memory of the far
+        end's, which is compared then. Raises `CorruptTransfer` if other bytes came, else what `send` raises.
         """
-        await self.far.ask(Receive())
+        await self.far.ask(Receive(is_in_place))
         self.meter.start(self.channel)
         begun_s = clock_s()
         try:

@@ -177,9 +177,11 @@ def check_fork(facts: Facts) -> Iterator[Finding]:
     if facts.fork == "disabled":
         remedy = "use Linux 5.12 or later, and rdma-core 35 or later, which need none"
         yield Finding("wrong", "fork", "fork support cannot be had", remedy)
+    elif facts.fork == "enabled":
+        remedy = "release it before, or use Linux 5.12 or later, which copies it"
+        yield Finding("note", "fork", "forked children do not have registered memory", remedy)
     elif facts.fork:
-        text = {"unneeded": "the kernel copies registered memory at a fork"}
-        yield Finding("ok", "fork", text.get(facts.fork, f"fork support is {facts.fork}"))
+        yield Finding("ok", "fork", "the kernel copies registered memory at a fork")
 
 
 def check_devices(facts: Facts) -> Iterator[Finding]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from aiordma.lanes.outbox import WINDOWS
 from aiordma.lanes.rdma import EXTRA_RECEIVES
 from aiordma.ring import slot_offset
 
-_QUEUE_SLACK: Final = 160
-"""Send work requests beyond two a slot of the peer's: for chunks of many pieces."""
+_QUEUE_SLACK: Final = 160 + 5 * WINDOWS
+"""Send work requests beyond two a slot of the peer's: for chunks of many pieces, and windows."""
 
 COMPLETIONS: Final = 4096
 """Held by each completion queue, at least; the lanes of a device share it."""

@@ -1,39 +1,40 @@
-"""What an RDMA lane sends: which frames ride with the next doorbell, which of them ask for a completion, and what
-the device may still read.
-
-A completion costs a wake-up, and one tells of all work requests before it. So a frame asks for one if so much went
-by without that the send queue or the stages run short; else only if none is due, and nothing else is bound to make
-us look again. What does so is a CREDIT for chunks that took all the slots which the last CREDIT gave back: as
-long as the peer takes chunks that wait for it, the next ones go out with the next CREDIT, and some of them ask. When
-fewer follow than could, or somebody wants a chunk's memory back, the last that is under way is asked for.
-"""
+"""What an RDMA lane sends: which frames ride with the next doorbell, and what the device may still read."""
 
 from __future__ import annotations
 
 import enum
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
-from aiordma.ring import CELLS, Ring, slot_offset
+from aiordma.lanes.signals import Completions
+from aiordma.ring import CREDIT_CELLS, WINDOW_CELLS, Ring, slot_offset
 from aiordma.wire import frames
-from aiordma.wire.frames import ChunkHeader
+from aiordma.wire.frames import ChunkHeader, WindowHeader
 
 MAX_PIECES: Final = 16
 """A chunk of more pieces is copied together before it is sent."""
-_RESERVE: Final = 8
-"""Work requests of the send queue that chunks leave to CREDITs, markers, and the END..."""
-_LEFT_FOR_END: Final = 3
-"""...and so many of them, CREDITs."""
+WINDOWS: Final = 16
+"""That a lane may have open at a time."""
+_RESERVE: Final = 8 + 5 * WINDOWS
+"""Work requests of the send queue that chunks leave to CREDITs, windows (each is bound, announced, stopped and
+invalidated here, and stopped for the peer), markers, and the END..."""
+_NOT_FOR_CREDITS: Final = 3 + 5 * WINDOWS
+"""...and so many of them, CREDITs to the others."""
 
 
 class Kind(enum.IntEnum):
-    """The upper half of an immediate; the lower half is a slot, or a cell's number."""
+    """The upper half of an immediate; the lower half is a slot, or the number of a cell or window."""
 
     CHUNK = 0
     CREDIT = 1
     PROBE = 2
     END = 3
+    WINDOW = 4
+    STOP = 5
+    """Write no more through this window, and say..."""
+    STOPPED = 6
+    """...when the last that went is there."""
 
 
 class Piece(NamedTuple):
@@ -44,6 +45,25 @@ class Piece(NamedTuple):
     lkey: int
     holder: object = None
     """What keeps it registered."""
+
+
+class Window(NamedTuple):
+    """Registered memory that the peer's queue pair may write to, once the window is bound."""
+
+    piece: Piece
+    key: int
+    handle: Any
+    close: Callable[[], None]
+    """To be called when it is not bound any more."""
+
+
+class WindowWork(NamedTuple):
+    """A work request that binds or invalidates a window. ibv_wr_bind_mw(3), ibv_wr_local_inv(3)."""
+
+    work_id: int
+    window: Window
+    is_bind: bool
+    is_signalled: bool
 
 
 class Frame(NamedTuple):
@@ -63,6 +83,11 @@ class Frame(NamedTuple):
     immediate: int | None
     """None: the header's work request is a plain WRITE, of which the peer sees nothing."""
     is_signalled: bool
+    key: int | None = None
+    """Of the window that the pieces go through; `target` is then an address."""
+
+
+W = TypeVar("W", Frame, WindowWork, Frame | WindowWork)
 
 
 class Sources(NamedTuple):
@@ -74,6 +99,8 @@ class Sources(NamedTuple):
     """So many bytes (the second argument) of a stage (the first)."""
     find: Callable[[memoryview], Piece | None]
     """The piece that this is of memory which its owner has registered, if it is."""
+    open: Callable[[memoryview], Window | None]
+    """A window to such memory, if it may be written to. Raises `OSError`."""
 
 
 class _Chunk(NamedTuple):
@@ -88,6 +115,7 @@ class _Posted(NamedTuple):
     work_id: int
     work_requests: int
     chunk: _Chunk | None
+    invalidated: Window | None = None
 
 
 class Outbox:
@@ -108,15 +136,25 @@ class Outbox:
         self._credits = 0
         self._credit_frames = 0
         self._special: deque[Frame] = deque()
+        self._quiet: deque[WindowWork] = deque()
+        """Handed out only while nothing is under way: soft-RoCE, when it sends again what was lost, repeats what was
+        bound behind it, which fails, and then waits for ever."""
+        self._aims: dict[int, WindowHeader] = {}
+        self._invalidated: list[Window] = []
         self._waiting: deque[_Chunk] = deque()
         self._posted: deque[_Posted] = deque()
         self._sequence = 0
-        self._completions = _Completions(depth // 4, max(4, peer_slots * 3 // 4))
+        self._completions = Completions(depth // 4, max(4, peer_slots * 3 // 4))
 
     @property
     def room(self) -> int:
         """Chunks that `add` takes now, whatever they are made of."""
         return max(0, min(len(self._free_stages), self._free // (MAX_PIECES + 1)))
+
+    @property
+    def sources(self) -> Sources:
+        """What is sent from."""
+        return self._sources
 
     @property
     def is_busy(self) -> bool:
@@ -159,20 +197,67 @@ class Outbox:
             self._special.append(Frame(0, pieces, target, b"", 0, immediate, is_signalled=True))
             self._free -= len(pieces) + 1
 
+    # Windows of ours
+
+    def announce(self, window: Window, header: WindowHeader) -> None:
+        """Bind a window and tell the peer of it with the next batch."""
+        cell = WINDOW_CELLS + header.number
+        frame = frames.encode_window(header, self._count())
+        self._quiet.append(WindowWork(0, window, is_bind=True, is_signalled=False))
+        self._special.append(
+            Frame(0, (), 0, frame, cell, Kind.WINDOW << 16 | cell, is_signalled=False)
+        )
+        self._free -= 2
+
+    def stop(self, number: int) -> None:
+        """Ask the peer to write no more through it."""
+        self._say(Kind.STOP, number)
+
+    def invalidate(self, window: Window) -> None:
+        """Let nothing more through; `take_invalidated` has it when that is so."""
+        self._quiet.append(WindowWork(0, window, is_bind=False, is_signalled=True))
+        self._free -= 1
+
+    def take_invalidated(self) -> list[Window]:
+        """The windows that nothing comes through any more, since this was called last."""
+        invalidated, self._invalidated = self._invalidated, []
+        return invalidated
+
+    # Windows of the peer's
+
+    def aim(self, window: WindowHeader) -> None:
+        """From now on chunks that belong there go there."""
+        self._aims[window.number] = window
+
+    def stopped(self, number: int) -> None:
+        """No more go there; the peer is told behind the last that did."""
+        self._aims.pop(number, None)
+        self._say(Kind.STOPPED, number)
+
+    def _say(self, kind: Kind, number: int) -> None:
+        self._special.append(Frame(0, (), 0, b"", 0, kind << 16 | number, is_signalled=True))
+        self._free -= 1
+
     def end(self) -> None:
-        """The END is for the next batch, and nothing comes after it."""
+        """The END is for the next batch, and nothing else comes with it, or after it."""
         self.drop()
+        self._quiet.clear()
+        self._special.clear()
         self._credits = 0
         self._special.append(Frame(0, (), 0, b"", 0, Kind.END << 16, is_signalled=True))
         self._free -= 1
 
-    def batch(self, *, goes_on: bool = False) -> list[Frame]:
+    def batch(self, *, goes_on: bool = False) -> list[Frame | WindowWork]:
         """What goes with the next doorbell: credits first, then the chunks in order.
 
         `goes_on`: more chunks come at once, with another batch.
         """
-        batch: list[Frame] = []
         self.waiting_bytes = 0
+        if self._quiet and self._posted:
+            return self._marker() if self._completions.asked_id < self.last_id else []
+        batch: list[Frame | WindowWork] = []
+        while self._quiet:
+            batch.append(self._hand_out(self._quiet.popleft(), None))
         while self._special:
             batch.append(self._hand_out(self._special.popleft(), None))
         if self._may_credit:
@@ -181,15 +266,17 @@ class Outbox:
             chunk = self._waiting.popleft()
             batch.append(self._hand_out(self._chunk_frame(chunk), chunk))
         if not goes_on and self._is_lacking:
-            if not batch:
-                self._free -= 1
-                marker = Frame(0, (), 0, b"", 0, None, is_signalled=False)
-                batch.append(self._hand_out(marker, None))
+            batch = batch or self._marker()
             batch[-1] = batch[-1]._replace(is_signalled=True)
             self._completions.asked(self.last_id)
         if not goes_on:
             self._completions.judge()
         return batch
+
+    def _marker(self) -> list[Frame | WindowWork]:
+        """Something that completes when all before it is done."""
+        self._free -= 1
+        return [self._hand_out(Frame(0, (), 0, b"", 0, None, is_signalled=True), None)]
 
     def mark(self) -> int:
         """A number for one more work request, which the queue pair posts on its own."""
@@ -209,6 +296,8 @@ class Outbox:
                 headers.append(done.chunk.header)
                 if done.chunk.stage is not None:
                     self._free_stages.append(done.chunk.stage)
+            if done.invalidated is not None:
+                self._invalidated.append(done.invalidated)
         self._completions.came(work_id)
         return headers
 
@@ -230,7 +319,7 @@ class Outbox:
 
     @property
     def _may_credit(self) -> bool:
-        return bool(self._credits) and self._free > _LEFT_FOR_END - _RESERVE
+        return bool(self._credits) and self._free > _NOT_FOR_CREDITS - _RESERVE
 
     def _find(self, parts: Sequence[memoryview]) -> list[Piece] | None:
         if len(parts) > MAX_PIECES:
@@ -246,93 +335,39 @@ class Outbox:
     def _credit_frame(self) -> Frame:
         slots, self._credits = self._credits, 0
         self._free -= 1
-        cell = CELLS // 2 + self._credit_frames % (CELLS // 2)
+        cell = CREDIT_CELLS + self._credit_frames % (WINDOW_CELLS - CREDIT_CELLS)
         self._credit_frames += 1
         header = frames.encode_credit(slots, self._count())
         return Frame(0, (), 0, header, cell, Kind.CREDIT << 16 | cell, is_signalled=False)
 
     def _chunk_frame(self, chunk: _Chunk) -> Frame:
-        slot = chunk.header.slot
-        header = frames.encode_chunk(chunk.header, self._count())
-        target = slot_offset(slot, self._slot_bytes)
-        return Frame(0, chunk.pieces, target, header, slot, slot, is_signalled=False)
+        header, slot = chunk.header, chunk.header.slot
+        target, key = slot_offset(slot, self._slot_bytes), None
+        for window in self._aims.values():
+            if window.holds(header):
+                target, key = window.address + header.offset - window.offset, window.key
+                header = header._replace(is_in_place=True)
+                break
+        cell = frames.encode_chunk(header, self._count())
+        return Frame(0, chunk.pieces, target, cell, slot, slot, is_signalled=False, key=key)
 
-    def _hand_out(self, frame: Frame, chunk: _Chunk | None) -> Frame:
+    def _hand_out(self, work: W, chunk: _Chunk | None) -> W:
         self.last_id += 1
-        work_requests = len(frame.pieces) + 1
-        self._posted.append(_Posted(self.last_id, work_requests, chunk))
+        work_requests, invalidated = 1, None
+        if isinstance(work, Frame):
+            work_requests += len(work.pieces)
+        elif not work.is_bind:
+            invalidated = work.window
+        self._posted.append(_Posted(self.last_id, work_requests, chunk, invalidated))
         self._completions.posted(work_requests, is_chunk=chunk is not None)
-        is_signalled = frame.is_signalled or self._completions.is_enough
+        is_signalled = work.is_signalled or self._completions.is_enough
         if is_signalled:
             self._completions.asked(self.last_id)
-        return frame._replace(work_id=self.last_id, is_signalled=is_signalled)
+        return work._replace(work_id=self.last_id, is_signalled=is_signalled)
 
     def _count(self) -> int:
         self._sequence += 1
         return self._sequence
-
-
-class _Completions:
-    """Which frames ask for a completion."""
-
-    def __init__(self, most_requests: int, most_chunks: int) -> None:
-        """So many work requests, or chunks, may go by without."""
-        self.is_wanted = False
-        """Whether somebody waits for the memory of chunks that are under way."""
-        self._is_bulk = False
-        self._limits = most_requests, most_chunks
-        self._requests = self._chunks = 0  # since the last that asks
-        # Slots that the last CREDIT gave back, and that were spent since, until it was judged.
-        self._returned = self._spent = 0
-        self._asked_id = self._came_id = 0
-
-    @property
-    def is_enough(self) -> bool:
-        """Whether the last frame must ask, whatever follows."""
-        return self._requests >= self._limits[0] or self._chunks >= self._limits[1]
-
-    @property
-    def is_due(self) -> bool:
-        """Whether a completion is bound to come."""
-        return self._asked_id > self._came_id
-
-    def is_lacking(self, *, is_short: bool) -> bool:
-        """Whether chunks are under way, and nothing will come that makes us look again.
-
-        `is_short`: no more chunks can be added before.
-        """
-        if not self._chunks:
-            return False
-        return self.is_wanted or (not self.is_due and (is_short or not self._goes_on))
-
-    def judge(self) -> None:
-        """All chunks that could follow the last CREDIT have."""
-        self.is_wanted = False
-        self._is_bulk = self._goes_on
-        self._returned = self._spent = 0
-
-    def credited(self, slots: int) -> None:
-        # The peer owes another one for the chunks that go out from now on.
-        self._returned, self._spent = slots, 0
-
-    def posted(self, work_requests: int, *, is_chunk: bool) -> None:
-        self._requests += work_requests
-        self._chunks += is_chunk
-        self._spent += is_chunk
-
-    def asked(self, work_id: int) -> None:
-        self._asked_id = work_id
-        self._requests = self._chunks = 0
-
-    def came(self, work_id: int) -> None:
-        self._came_id = max(self._came_id, work_id)
-
-    @property
-    def _goes_on(self) -> bool:
-        """Whether the last chunks took all slots that had come back, so that more are likely to follow."""
-        if self._returned or self._spent:
-            return 0 < self._returned <= self._spent
-        return self._is_bulk
 
 
 def _gather(parts: Sequence[memoryview], target: memoryview) -> int:

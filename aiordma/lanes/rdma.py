@@ -6,7 +6,8 @@ A frame is a few work requests on one queue pair, which the devices carry out in
     WRITE WITH IMM  the 64-byte header, inline, to a cell beside the slots; `kind << 16 | index` is the immediate
 
 The peer has receives posted for all that may be under way: a chunk needs a slot of its ring, and a CREDIT gives
-back at least one slot of ours, so that neither can outnumber the slots.
+back at least one slot of ours, so that neither can outnumber the slots. Where the receiver has opened a window
+(`aiordma.lanes.rendezvous`) the payload goes to its final place, and the slot stands for the receive.
 
 Nothing here knows a device: a `QueuePair` makes the calls (`aiordma.lanes.verbs`), and a completion pump tells
 what became of them. ibv_wr_post(3), ibv_poll_cq(3).
@@ -23,15 +24,16 @@ from typing import Final, Protocol, TypeVar
 from aiordma.errors import ChannelBroken, RemoteProtocolError
 from aiordma.lanes.base import LaneHandler
 from aiordma.lanes.completion import Completion
-from aiordma.lanes.outbox import Frame, Kind, Outbox
-from aiordma.ring import CELLS, Ring
+from aiordma.lanes.outbox import WINDOWS, Frame, Kind, Outbox, WindowWork
+from aiordma.lanes.probe import PROBES, PathProbe
+from aiordma.lanes.registry import address_of
+from aiordma.lanes.rendezvous import Windows
+from aiordma.ring import CELLS, WINDOW_CELLS, Ring
 from aiordma.wire import frames
-from aiordma.wire.frames import ChunkHeader, CreditHeader
+from aiordma.wire.frames import ChunkHeader, CreditHeader, WindowHeader
 
-PROBES: Final = 2
-"""Frames of a probe: one without a payload, one that fills the path's MTU."""
-EXTRA_RECEIVES: Final = PROBES + 1
-"""For the probe and the END; beside one for each slot of either end's ring."""
+EXTRA_RECEIVES: Final = PROBES + 1 + 3 * WINDOWS
+"""For the probe, the END, and what is said of windows; beside one for each slot of either end's ring."""
 
 _EAGER_BYTES: Final = 256 << 10
 """After copying so much the doorbell is rung, so that the device works while the next chunk is copied."""
@@ -41,7 +43,7 @@ _FLUSH_S: Final = 2.0
 """How long it waits for the device to give its work requests up, before it destroys the queue pair."""
 
 
-H = TypeVar("H", ChunkHeader, CreditHeader)
+H = TypeVar("H", ChunkHeader, CreditHeader, WindowHeader)
 
 
 class QueuePair(Protocol):
@@ -54,8 +56,8 @@ class QueuePair(Protocol):
     def name(self) -> str:
         """What to call it in errors: device, port, the numbers of both queue pairs."""
 
-    def submit(self, batch: Sequence[Frame]) -> None:
-        """Post all work requests of these frames with one doorbell, or none of them."""
+    def submit(self, batch: Sequence[Frame | WindowWork]) -> None:
+        """Post all work requests of these with one doorbell, or none of them."""
 
     def post_receives(self, count: int) -> None:
         """Be ready for so many more writes with immediate."""
@@ -73,70 +75,6 @@ class QueuePair(Protocol):
         """Destroy it and what it owns. The device touches none of its memory afterwards."""
 
 
-class PathProbe:
-    """Whether frames get to the peer, and come from it: small ones, and such as fill the path's MTU.
-
-    A queue pair reaches "ready to send" without that a packet was exchanged.
-    """
-
-    def __init__(self) -> None:
-        self._first_id = 0
-        self._sent = [False] * PROBES
-        self._came = [False] * PROBES
-        self._is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def begin(self, first_id: int) -> None:
-        """Our probes are sent as the frames from this one on."""
-        self._first_id = first_id
-
-    async def wait(self) -> None:
-        """Until all four are there. Raises what `fail` was told."""
-        await asyncio.shield(self._is_over)
-
-    def check(self) -> None:
-        """Raise what `fail` was told."""
-        if self._is_over.done():
-            self._is_over.result()
-
-    def was_sent(self, work_id: int) -> None:
-        """A frame of ours arrived."""
-        if self._first_id and 0 <= work_id - self._first_id < PROBES:
-            self._sent[work_id - self._first_id] = True
-            self._judge()
-
-    def has_come(self, index: int) -> None:
-        """A probe of the peer's came."""
-        self._came[index] = True
-        self._judge()
-
-    def fail(self, exc: Exception) -> None:
-        """No more will come."""
-        if not self._is_over.done():
-            self._is_over.set_exception(exc)
-            self._is_over.exception()  # nobody has to wait for it
-
-    @property
-    def is_well(self) -> bool:
-        """Whether all came."""
-        return all(self._sent) and all(self._came)
-
-    def verdict(self) -> str:
-        """What is missing, and the likely cause."""
-        if not (self._sent[0] or self._came[0]):
-            return "no packet got through in either direction: is UDP port 4791 (RoCE v2) blocked?"
-        if not (self._sent[0] and self._came[0]):
-            way = "from the peer" if self._sent[0] else "to the peer"
-            return f"no packet got through {way}: is UDP port 4791 (RoCE v2) blocked there?"
-        return (
-            "small packets got through, and large ones did not: something on the path takes no packets of the "
-            "devices' MTU; lower it (ip link set ... mtu)"
-        )
-
-    def _judge(self) -> None:
-        if self.is_well and not self._is_over.done():
-            self._is_over.set_result(None)
-
-
 class RdmaLane:
     """One lane over a queue pair, which it owns, between two registered rings."""
 
@@ -146,7 +84,6 @@ class RdmaLane:
         self, queue_pair: QueuePair, ring: Ring, outbox: Outbox, *, watch: Callable[[], None]
     ) -> None:
         """`ring`: ours, which the peer writes to. `watch`: the completion pump's, told that work is due."""
-        self._loop = asyncio.get_running_loop()
         self._qp = queue_pair
         self._ring = ring
         self._outbox = outbox
@@ -161,6 +98,7 @@ class RdmaLane:
         self._flushed = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
         self.probe = PathProbe()
+        self.windows = Windows(outbox, ring.slot_bytes, post=self._schedule, fail=self._unheard)
 
     @property
     def room(self) -> int:
@@ -168,7 +106,7 @@ class RdmaLane:
 
     def start(self, handler: LaneHandler) -> None:
         self._handler = handler
-        self._loop.call_soon(self._begin)
+        asyncio.get_running_loop().call_soon(self._begin)
 
     def post(self, header: ChunkHeader, parts: Sequence[memoryview]) -> None:
         if self._outbox.waiting_bytes >= _EAGER_BYTES:
@@ -190,7 +128,7 @@ class RdmaLane:
 
     async def aclose(self) -> None:
         if self._closing is None:
-            self._closing = self._loop.create_task(self._close())
+            self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
 
     async def expose(self) -> None:
@@ -234,7 +172,7 @@ class RdmaLane:
         """Ring the doorbell once, for all that is posted in this turn of the loop."""
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._loop.call_soon(self._flush_scheduled)
+            asyncio.get_running_loop().call_soon(self._flush_scheduled)
 
     def _flush_scheduled(self) -> None:
         self._is_scheduled = False
@@ -293,6 +231,8 @@ class RdmaLane:
             self._lose(self._broken(self._qp.explain(completion)))
             return
         self.probe.was_sent(completion.wr_id)
+        if invalidated := self._outbox.take_invalidated():
+            self.windows.invalidated(invalidated)
         for header in headers:
             if self._handler is not None and not self._is_over:
                 self._handler.sent(header)
@@ -319,6 +259,12 @@ class RdmaLane:
             self._handler.credited(slots)
         elif kind == Kind.END:
             self._lose(None)
+        elif kind == Kind.WINDOW:
+            self._outbox.aim(self._window(index))
+        elif kind == Kind.STOP and index < WINDOWS:
+            self._outbox.stopped(index)
+        elif kind == Kind.STOPPED:
+            self.windows.stopped(index)
         else:
             raise RemoteProtocolError(f"a write with the unknown immediate {immediate:#x}")
 
@@ -330,11 +276,22 @@ class RdmaLane:
                 f"a chunk for slot {header.slot} was announced in slot {slot}"
             )
         target = handler.place(header)
-        payload = self._ring.view(slot, header.length)
-        if target.obj is not payload.obj:
+        if header.is_in_place:
+            payload = self.windows.payload(header)
+            is_there = address_of(payload) == address_of(target)
+        else:
+            payload = self._ring.view(slot, header.length)
+            is_there = target.obj is payload.obj
+        if not is_there:
             target[:] = payload
             handler.copied(header.length)
         handler.arrived(header)
+
+    def _window(self, cell: int) -> WindowHeader:
+        window = self._frame(cell, WindowHeader)
+        if cell != WINDOW_CELLS + window.number:
+            raise RemoteProtocolError(f"window {window.number} was announced in cell {cell}")
+        return window
 
     def _frame(self, cell: int, kind: type[H]) -> H:
         if cell >= CELLS:
@@ -353,6 +310,9 @@ class RdmaLane:
         broken = ChannelBroken(f"{self._qp.name}: {why}")
         broken.__cause__ = cause
         return broken
+
+    def _unheard(self, why: str) -> None:
+        self._lose(self._broken(why))
 
     def _lose(self, exc: Exception | None) -> None:
         if self._is_over:
@@ -376,6 +336,7 @@ class RdmaLane:
         self._early.clear()
         await self._qp.aclose()
         self._outbox.completed(self._outbox.last_id)
+        self.windows.end()
 
     def _fail(self) -> None:
         self._qp.fail(self._outbox.mark())

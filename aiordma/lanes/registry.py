@@ -1,4 +1,4 @@
-"""Memory that its owner has registered with a device, so that lanes send it by reference.
+"""Memory that its owner has registered with a device, so that lanes send it by reference and receive into it.
 
 Registering pins pages, at a few gigabytes a second and with the interpreter held; so what is registered stays so
 until its owner goes, releases it, or others need the room. A device reads the pages that were pinned, whatever the
@@ -38,6 +38,7 @@ _Key = tuple[int, int, int]
 
 class _Entry(NamedTuple):
     region: Region
+    is_writable: bool
     watch: weakref.ref[object]
     memory: memoryview | None
     """Kept, so that no other memory gets its address while the owner lives: `parameter.data = ...` lets go of it.
@@ -47,8 +48,8 @@ class _Entry(NamedTuple):
 class Registry:
     """What is registered with one device. Calls come from one thread; owners may die in any."""
 
-    def __init__(self, register: Callable[[int, int], Region], limit_bytes: int) -> None:
-        """`register` pins so many bytes (the second argument) at an address, for reading."""
+    def __init__(self, register: Callable[[int, int, bool], Region], limit_bytes: int) -> None:
+        """`register` pins so many bytes (the second argument) at an address; also to be written to, or not."""
         self._register = register
         self._limit_bytes = limit_bytes
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
@@ -87,13 +88,15 @@ class Registry:
                 f"a {type(owner).__qualname__} cannot be registered, since nobody is told when it goes: register "
                 "a numpy array or a torch tensor of it"
             ) from exc
-        region = self._register(address, memory.nbytes)
-        self._entries[key] = _Entry(region, watch, None if _holds(memory, owner) else memory)
+        is_writable = not memory.readonly
+        region = self._register(address, memory.nbytes, is_writable)
+        kept = None if _holds(memory, owner) else memory
+        self._entries[key] = _Entry(region, is_writable, watch, kept)
         self._sorted = []
         return partial(self._forget, key)
 
-    def find(self, memory: memoryview) -> Piece | None:
-        """This memory as a piece of what is registered, if it lies within."""
+    def find(self, memory: memoryview, *, is_to_write: bool = False) -> Piece | None:
+        """This memory as a piece of what is registered (to be written to), if it lies within."""
         if not self._entries:
             return None
         address, nbytes = address_of(memory), memory.nbytes
@@ -102,7 +105,11 @@ class Registry:
         last = bisect_right(self._sorted, address, key=lambda key: key[0])
         for key in reversed(self._sorted[max(0, last - _NEIGHBOURS) : last]):
             entry = self._entries.get(key)
-            if entry is not None and address + nbytes <= key[0] + key[1]:
+            if (
+                entry is not None
+                and address + nbytes <= key[0] + key[1]
+                and entry.is_writable >= is_to_write
+            ):
                 return Piece(address, nbytes, entry.region.lkey, entry.region)
         return None
 

@@ -234,9 +234,13 @@ class _Reader:
             self._sequence += 1
             if isinstance(frame, CreditHeader):
                 handler.credited(frame.slots)
-            else:
+            elif isinstance(frame, ChunkHeader) and not frame.is_in_place:
                 self._payload = handler.place(frame)
                 self._header, self._got = frame, 0
+            else:
+                raise RemoteProtocolError(
+                    "the peer speaks of memory windows, and this lane has none"
+                )
 
     def recall(self, transfer: int, handler: LaneHandler) -> None:
         """Go on where the handler now says, with what came so far."""

@@ -22,7 +22,7 @@ from aiordma.assembly import join
 from aiordma.control import MemoryControl
 from aiordma.handshake import limits_of, reserve
 from aiordma.lanes.completion import Completion, CompletionPump
-from aiordma.lanes.outbox import Frame, Outbox, Piece, Sources
+from aiordma.lanes.outbox import Frame, Outbox, Piece, Sources, WindowWork
 from aiordma.lanes.rdma import RdmaLane
 from aiordma.lanes.registry import Registry, address_of
 from aiordma.ring import Ring, slot_offset
@@ -100,10 +100,11 @@ class _QueuePair:
         self._stages = stages
         self._stages_at = address_of(stages.memory)
 
-    def submit(self, batch: Sequence[Frame]) -> None:
+    def submit(self, batch: Sequence[Frame | WindowWork]) -> None:
         peer, move = self.peer, ctypes.memmove
         ring_at = peer._ring_at
         for frame in batch:
+            assert isinstance(frame, Frame)
             target = ring_at + frame.target
             for piece in frame.pieces:
                 move(target, piece.address, piece.length)
@@ -145,7 +146,7 @@ def _lane(ring: Ring, peer: Ring, registry: Registry) -> tuple[_QueuePair, RdmaL
     stages = Ring(12, peer.slot_bytes)
     pair = _QueuePair(ring, stages, CompletionPump(lambda entries: _Queue()))
     outbox = Outbox(
-        Sources(stages, pair.stage, registry.find),
+        Sources(stages, pair.stage, registry.find, lambda memory: None),
         depth=_DEPTH,
         peer_slots=peer.slots,
         peer_slot_bytes=peer.slot_bytes,
@@ -157,7 +158,7 @@ def _lane(ring: Ring, peer: Ring, registry: Registry) -> tuple[_QueuePair, RdmaL
 
 def _channels(config: ChannelConfig) -> tuple[Channel, Channel]:
     rings = [reserve(config, 1), reserve(config, 1)]
-    registries = [Registry(lambda at, nbytes: _Region(), 1 << 40) for _ in rings]
+    registries = [Registry(lambda at, nbytes, is_writable: _Region(), 1 << 40) for _ in rings]
     lanes = [_lane(rings[i][0], rings[1 - i][0], registries[i]) for i in (0, 1)]
     lanes[0][0].peer, lanes[1][0].peer = lanes[1][0], lanes[0][0]
     controls = MemoryControl.pair()

@@ -47,6 +47,19 @@ def test_writes_cross_a_slow_and_lossy_network(tmp_path):
     assert machines() == before
 
 
+def test_registered_memory_to_registered_memory_while_packets_are_lost(tmp_path):
+    softroce.run(
+        [sys.executable, "-m", "tests.softroce.into_across"],
+        nodes=2,
+        netem="delay 5ms loss 0.5%",
+        environment=debian.pyverbs().share(tmp_path),
+        out=tmp_path,
+        timeout_s=240,
+    ).check()
+    result = json.loads((tmp_path / "into.json").read_text())
+    assert result["copied"] < result["bytes"] / 2
+
+
 @pytest.fixture
 def start(tmp_path):
     """A LoRA state dict as peft makes it, for silos that have neither torch nor peft."""

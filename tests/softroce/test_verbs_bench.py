@@ -14,7 +14,7 @@ from aiordma.bench import fedrdma
 from aiordma.bench.errors import CorruptTransfer
 from aiordma.bench.far import Open
 from aiordma.bench.fedrdma import FedFindings
-from aiordma.bench.lane import LaneFindings
+from aiordma.bench.lane import WAYS, LaneFindings
 from aiordma.bench.near import far_end
 from aiordma.bench.payload import source
 from tests.softroce.lanes import resources
@@ -29,12 +29,14 @@ def test_a_lane_is_measured_against_ib_write_bw(tmp_path, capsys, record_propert
     assert findings.path.startswith("verbs: rxe0/1, RoCE v2 10.77.0.1")
     plan = findings.plan
     assert [(row.size, row.way) for row in findings.rows] == [
-        (size, way) for size in plan.sizes for way in ("registered", "ring")
+        (size, way) for size in plan.sizes for way in WAYS
     ]
     for row in findings.rows:
         assert row.deliveries == plan.rounds
         assert row.ratio.low > 0
-        assert row.receiver_copied_bytes == 0
+        # Before the sender hears of the window it fills the ring.
+        ring_bytes = plan.slots * row.size if row.way == "in place" else 0
+        assert row.receiver_copied_bytes <= min(2 * ring_bytes, plan.total_bytes - 1)
         assert row.sender_copied_bytes == (plan.total_bytes if row.way == "ring" else 0)
     assert "without -e: perftest" in capsys.readouterr().out
     assert resources() == before

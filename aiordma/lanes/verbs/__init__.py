@@ -47,7 +47,7 @@ def open_lane(
         pair = VerbsQueuePair(device, choice, ring, stages, asked.sends, asked.receives)
         undo.pop_all()
     outbox = Outbox(
-        Sources(stages, pair.stage, pair.find),
+        Sources(stages, pair.stage, pair.find, pair.open_window),
         depth=asked.sends,
         peer_slots=peer.slots,
         peer_slot_bytes=peer.slot_bytes,

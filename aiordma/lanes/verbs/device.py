@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiordma.lanes.verbs.api as api
-from aiordma.errors import RegistrationError
+from aiordma.errors import LaneRefused, RegistrationError
 from aiordma.lanes.choice import DeviceFacts, Gid, Port
 from aiordma.lanes.completion import Completion, CompletionPump
 from aiordma.lanes.needs import COMPLETIONS
@@ -61,12 +61,15 @@ def describe(name: str) -> DeviceFacts:
 
 
 def fork_support() -> str:
-    """Whether registered memory survives a fork: "enabled", "unneeded" (the kernel sees to it) or "disabled".
+    """What becomes of registered memory at a fork; turns fork support on where the kernel needs it.
 
-    See ibv_is_fork_initialized(3). Raises `LaneRefused` if it cannot be had.
+    "unneeded": the kernel copies it. "enabled": children do not have it. "disabled": it may be lost to the parent's
+    device. ibv_fork_init(3), ibv_is_fork_initialized(3). Raises `LaneRefused` if it cannot be had.
     """
     with api.refused("no fork support"):
-        api.fork_init()
+        # Not where it is unneeded: rdma-core 44 then takes the memory from children all the same.
+        if api.is_fork_initialized() == enums.IBV_FORK_DISABLED:
+            api.fork_init()
         kinds = {enums.IBV_FORK_ENABLED: "enabled", enums.IBV_FORK_UNNEEDED: "unneeded"}
         return kinds.get(api.is_fork_initialized(), "disabled")
 
@@ -102,8 +105,8 @@ class Device:
         self.name = name
         self._users = 0
         with contextlib.ExitStack() as undo, api.refused(f"cannot open the RDMA device {name}"):
-            with contextlib.suppress(api.PyverbsRDMAError):
-                api.fork_init()  # too late, if another library of this process has used a device before
+            with contextlib.suppress(LaneRefused):
+                fork_support()  # too late, if another library of this process has used a device before
             self.context = api.Context(name=name)
             undo.callback(self.context.close)
             attributes = self.context.query_device()
@@ -114,9 +117,7 @@ class Device:
             self.pump = CompletionPump(
                 lambda entries: _Queue(self.context, entries), queue_entries=COMPLETIONS
             )
-            self.registry = Registry(
-                lambda at, size: self.pin(self.pd, at, size, 0), registered_bytes
-            )
+            self.registry = Registry(self._register, registered_bytes)
             undo.pop_all()
 
     @classmethod
@@ -136,6 +137,10 @@ class Device:
                 "slots, or send the tensor unregistered, through the ring"
             )
         return api.pin(pd, address, nbytes, access)
+
+    def _register(self, address: int, nbytes: int, is_writable: bool) -> Any:
+        access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_MW_BIND if is_writable else 0
+        return self.pin(self.pd, address, nbytes, access)
 
     async def release(self) -> None:
         """The last user closes it, and with it goes what is registered."""

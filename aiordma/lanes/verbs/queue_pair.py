@@ -13,7 +13,7 @@ from typing import Any, Final
 import aiordma.lanes.verbs.api as api
 from aiordma.lanes.choice import Choice
 from aiordma.lanes.completion import Completion
-from aiordma.lanes.outbox import Frame, Piece
+from aiordma.lanes.outbox import Frame, Piece, Window, WindowWork
 from aiordma.lanes.registry import address_of
 from aiordma.lanes.statuses import explain
 from aiordma.lanes.verbs.api import enums
@@ -97,13 +97,29 @@ class VerbsQueuePair:
         """A piece of registered memory."""
         return self._device.registry.find(memory) if self._device.has_windows else None
 
-    def submit(self, batch: Sequence[Frame]) -> None:
+    def open_window(self, memory: memoryview) -> Window | None:
+        """To registered memory, which it keeps registered. Raises `OSError`."""
+        piece = None
+        if self._device.has_windows:
+            piece = self._device.registry.find(memory, is_to_write=True)
+        if piece is None:
+            return None
+        with api.as_os_error():
+            handle = api.MW(self._memory.pd, enums.IBV_MW_TYPE_2)
+        return Window(piece, api.inc_rkey(handle.rkey), handle, handle.close)
+
+    def submit(self, batch: Sequence[Frame | WindowWork]) -> None:
         """Post all of it with one doorbell."""
         assert self._peer is not None
-        ring, key, sge = self._peer.ring, self._peer.key, self._sge
+        ring, ring_key, sge = self._peer.ring, self._peer.key, self._sge
         with api.as_os_error(), self._posting() as qp:
             for frame in batch:
-                target = ring + frame.target
+                if isinstance(frame, WindowWork):
+                    _change(qp, frame)
+                    continue
+                key, target = frame.key, frame.target
+                if key is None:
+                    key, target = ring_key, ring + target
                 for piece in frame.pieces:
                     qp.wr_id, qp.wr_flags = frame.work_id, 0
                     qp.wr_rdma_write(key, target)
@@ -116,9 +132,9 @@ class VerbsQueuePair:
                 qp.wr_flags = flags | enums.IBV_SEND_SIGNALED if frame.is_signalled else flags
                 cell = ring + frame.cell * HEADER_BYTES
                 if frame.immediate is None:
-                    qp.wr_rdma_write(key, cell)
+                    qp.wr_rdma_write(ring_key, cell)
                 else:
-                    qp.wr_rdma_write_imm(key, cell, frame.immediate)
+                    qp.wr_rdma_write_imm(ring_key, cell, frame.immediate)
                 if frame.header:
                     self._header.raw = frame.header
                     qp.wr_set_inline_data(ctypes.addressof(self._header), HEADER_BYTES)
@@ -228,11 +244,23 @@ def timeout_exponent(rtt_s: float) -> int:
     return min(21, math.ceil(math.log2(wanted_s / 4.096e-6)))
 
 
+def _change(qp: Any, work: WindowWork) -> None:
+    qp.wr_id = work.work_id
+    qp.wr_flags = enums.IBV_SEND_SIGNALED if work.is_signalled else 0
+    window, piece = work.window, work.window.piece
+    if work.is_bind:
+        access = enums.IBV_ACCESS_REMOTE_WRITE
+        info = api.MWBindInfo(piece.holder, piece.address, piece.length, access)
+        qp.wr_bind_mw(window.handle, window.key, info)
+    else:
+        qp.wr_local_inv(window.key)
+
+
 def _queue_pair(device: Device, pd: Any, cq: Any, depth: int, receives: int) -> Any:
     operations = enums.IBV_QP_EX_WITH_RDMA_WRITE | enums.IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM
     operations |= enums.IBV_QP_EX_WITH_SEND
     if device.has_windows:
-        operations |= enums.IBV_QP_EX_WITH_BIND_MW
+        operations |= enums.IBV_QP_EX_WITH_BIND_MW | enums.IBV_QP_EX_WITH_LOCAL_INV
     cap = api.QPCap(
         max_send_wr=depth,
         max_recv_wr=receives,
