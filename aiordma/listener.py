@@ -172,7 +172,7 @@ class Listener:
                 if path is not None:
                     agreed = await agree_as_server(path, parts, self._config)
                 if not agreed.lanes:
-                    await pending.complete
+                    await pending.wait()
             rtt_s = time.perf_counter() - sent_at
             channel = await build(parts, agreed, self._config, peer=peer, rtt_s=rtt_s)
             undo.pop_all()
