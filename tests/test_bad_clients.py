@@ -25,6 +25,7 @@ from aiordma.wire.control import Message
 from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Refusal
 from tests.conftest import sockets
 from tests.foreign import CONFIG, LIMITS, REMEDY, Foreign, HungUp, Wire, enter, nothing_left, proof
+from tests.harness import until
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 
@@ -244,14 +245,12 @@ async def test_a_session_whose_lanes_never_come_is_given_up():
 
 @pytest.mark.parametrize("is_reset", [False, True])
 async def test_a_session_whose_client_hangs_up_before_its_lanes_came_is_given_up_at_once(is_reset):
-    async with listening() as listener:
+    async with listening(dataclasses.replace(CONFIG, connect_timeout_s=60)) as listener:
         used_bytes = aiordma.ring.BUDGET.used_bytes
         control, _ = await offered(listener, 1)
         assert aiordma.ring.BUDGET.used_bytes > used_bytes
         control.reset() if is_reset else control.close()
-        async with asyncio.timeout(CONFIG.connect_timeout_s / 2):
-            while aiordma.ring.BUDGET.used_bytes > used_bytes:
-                await asyncio.sleep(0)
+        await until(lambda: aiordma.ring.BUDGET.used_bytes == used_bytes)
         await a_good_one(listener)
 
 

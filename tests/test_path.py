@@ -46,9 +46,10 @@ def parts(request) -> Any:
 async def test_a_peer_that_dies_amid_it_is_no_foreigner(parts, side):
     """It has said HELLO, or an ANSWER: "check host and port" would mislead."""
     path: Any = Path()
+    if side == "client":
+        agreeing = agree_as_client(path, parts, ANSWER, ChannelConfig())
+    else:
+        agreeing = agree_as_server(path, parts, ChannelConfig())
     with pytest.raises(ConnectError, match=r"hung up while RDMA lanes .* see its log") as caught:
-        if side == "client":
-            await agree_as_client(path, parts, ANSWER, ChannelConfig())
-        else:
-            await agree_as_server(path, parts, ChannelConfig())
+        await agreeing
     assert type(caught.value) is ConnectError

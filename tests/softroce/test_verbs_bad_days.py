@@ -86,10 +86,10 @@ async def test_a_path_on_which_packets_vanish(monkeypatch, side):
         submit(pair, batch)
 
     monkeypatch.setattr(VerbsQueuePair, "submit", lose)
-    config = ChannelConfig(slot_bytes=1 << 16, probe_s=2)
+    config = ChannelConfig(slot_bytes=1 << 16, probe_s=3, connect_timeout_s=3)
     began = asyncio.get_running_loop().time()
-    await over_tcp(config, config, r"no packet got through .* UDP port 4791 .*probe_s=2\)")
-    assert asyncio.get_running_loop().time() - began < 8
+    await over_tcp(config, config, r"no packet got through .* UDP port 4791 .*probe_s=3\)")
+    assert asyncio.get_running_loop().time() - began < 9
 
 
 @pytest.fixture
