@@ -102,6 +102,18 @@ def test_what_was_asked_for_least_recently_makes_room(registry):
         registry.add(bytearray(10), memoryview(bytearray(10)))
 
 
+def test_parts_that_are_registered_too_do_not_hide_the_whole(registry):
+    """As a state dict's tensors do that lie in one piece of memory."""
+    whole = np.zeros(500, np.uint8)
+    registry.add(whole, whole.data)
+    parts = [whole[20 * i : 20 * i + 20] for i in range(20)]
+    for part in parts:
+        registry.add(part, part.data)
+    for first, last in ((0, 500), (395, 405), (450, 500)):
+        assert registry.find(whole[first:last].data) is not None
+    assert registry.find(np.zeros(1, np.uint8).data) is None
+
+
 def test_any_order_of_coming_and_going():
     registry = Registry(lambda *_: Pinned(), 1 << 20)
     rng = random.Random(5)

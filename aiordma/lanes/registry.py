@@ -13,15 +13,13 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple, Protocol
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from aiordma.errors import RegistrationError
 from aiordma.lanes.outbox import Piece
-
-_NEIGHBOURS: Final = 8
-"""How many entries before an address are looked at: they may overlap."""
 
 
 class Region(Protocol):
@@ -54,6 +52,8 @@ class Registry:
         self._limit_bytes = limit_bytes
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
         self._sorted: list[_Key] = []
+        self._reach: list[int] = []
+        """The furthest end of all entries up to the one of this place among the sorted: they may overlap."""
 
     @property
     def nbytes(self) -> int:
@@ -102,8 +102,10 @@ class Registry:
         address, nbytes = address_of(memory), memory.nbytes
         if len(self._sorted) != len(self._entries):
             self._sorted = sorted(self._entries)
-        last = bisect_right(self._sorted, address, key=lambda key: key[0])
-        for key in reversed(self._sorted[max(0, last - _NEIGHBOURS) : last]):
+            self._reach = list(accumulate((key[0] + key[1] for key in self._sorted), max))
+        place = bisect_right(self._sorted, address, key=lambda key: key[0]) - 1
+        while place >= 0 and self._reach[place] >= address + nbytes:
+            key = self._sorted[place]
             entry = self._entries.get(key)
             if (
                 entry is not None
@@ -111,6 +113,7 @@ class Registry:
                 and entry.is_writable >= is_to_write
             ):
                 return Piece(address, nbytes, entry.region.lkey, entry.region)
+            place -= 1
         return None
 
     def clear(self) -> None:
