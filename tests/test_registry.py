@@ -66,6 +66,27 @@ def test_the_end_of_an_owner_ends_it_unless_work_is_under_way(registry, pinned):
     release()
 
 
+def test_it_lasts_until_all_who_asked_for_it_have_released_it(registry):
+    """As two tasks do that send one tensor over two channels."""
+    array = np.zeros(100, np.uint8)
+    releases = [registry.add(array, array.data) for _ in range(2)]
+    releases[0]()
+    assert registry.find(array.data) is not None
+    releases[1]()
+    assert registry.find(array.data) is None
+
+
+def test_a_release_that_comes_late_ends_nothing_else(registry):
+    """The memory, and even the owner's identity, may be another's by then."""
+    array = np.zeros(600, np.uint8)
+    release = registry.add(array, array.data)
+    other = np.zeros(600, np.uint8)
+    registry.add(other, other.data)  # the first one made room
+    registry.add(array, array.data)
+    release()
+    assert registry.find(array.data) is not None
+
+
 def test_memory_that_its_owner_lets_go_of_is_kept_until_the_owner_goes(registry, pinned):
     """Else other memory could come to lie at its address, and the device would read the old pages."""
     owner, array = Owner(), np.zeros(100, np.uint8)

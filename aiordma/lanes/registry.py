@@ -41,6 +41,8 @@ class _Entry(NamedTuple):
     memory: memoryview | None
     """Kept, so that no other memory gets its address while the owner lives: `parameter.data = ...` lets go of it.
     None if that would keep the owner alive."""
+    holders: set[object]
+    """One for each that asked for it and has not released it."""
 
 
 class Registry:
@@ -64,16 +66,18 @@ class Registry:
         return len(self._entries)
 
     def add(self, owner: object, memory: memoryview) -> Callable[[], None]:
-        """Register memory for as long as its owner lives, or until what is returned is called.
+        """Register memory for as long as its owner lives, or until what is returned is called, by all who asked.
 
         Once, however often this is called. What was asked for least recently makes room. Raises
         `RegistrationError` for more than the limit, and for an owner whose end cannot be watched.
         """
         address = address_of(memory)
         key = (address, memory.nbytes, id(owner))
-        if key in self._entries:
+        holder = object()
+        if entry := self._entries.get(key):
             self._entries.move_to_end(key)
-            return partial(self._forget, key)
+            entry.holders.add(holder)
+            return partial(self._release, key, entry.holders, holder)
         if memory.nbytes > self._limit_bytes:
             raise RegistrationError(
                 f"{memory.nbytes} bytes are more than registered_bytes={self._limit_bytes} allows: raise it, or "
@@ -91,9 +95,10 @@ class Registry:
         is_writable = not memory.readonly
         region = self._register(address, memory.nbytes, is_writable)
         kept = None if _holds(memory, owner) else memory
-        self._entries[key] = _Entry(region, is_writable, watch, kept)
+        holders = {holder}
+        self._entries[key] = _Entry(region, is_writable, watch, kept, holders)
         self._sorted = []
-        return partial(self._forget, key)
+        return partial(self._release, key, holders, holder)
 
     def find(self, memory: memoryview, *, is_to_write: bool = False) -> Piece | None:
         """This memory as a piece of what is registered (to be written to), if it lies within."""
@@ -119,6 +124,12 @@ class Registry:
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
+
+    def _release(self, key: _Key, holders: set[object], holder: object) -> None:
+        holders.discard(holder)
+        entry = self._entries.get(key)
+        if entry is not None and entry.holders is holders and not holders:
+            self._forget(key)
 
     def _forget(self, key: _Key) -> None:
         """One step, since it comes from whichever thread drops the owner."""
