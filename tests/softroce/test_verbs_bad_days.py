@@ -284,6 +284,34 @@ async def _outlive(module: str, name: str, after: int, had_channel: bool) -> Non
                 await usable(near, far)
 
 
+_DOOMED_SERVER = """
+import asyncio, importlib, os, signal, sys
+import aiordma
+
+async def main():
+    owner, method = sys.argv[2].split(".")
+    owner = getattr(importlib.import_module(sys.argv[1]), owner)
+    setattr(owner, method, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+    config = aiordma.ChannelConfig(slot_bytes=1 << 16, probe_s=20, connect_timeout_s=60)
+    async with aiordma.listen(config=config) as listener:
+        print(listener.address[1], flush=True)
+        await listener.accept()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("state", ["HELLO", "RTS"])
+async def test_servers_that_are_killed_before_there_is_a_channel(state):
+    module, name, _, _ = DEATHS[state]
+    async with program(_DOOMED_SERVER, module, name) as doomed:
+        assert doomed.stdout is not None
+        port = int(await doomed.stdout.readline())
+        with pytest.raises(aiordma.ConnectError, match=r"hung up .* connect again") as caught:
+            await aiordma.connect("127.0.0.1", port, config=CONFIG, timeout_s=60)
+        assert ("check host" in str(caught.value)) == (state == "HELLO")  # it had said nothing
+
+
 async def test_other_programs_may_be_run_while_memory_is_registered():
     async with pair(require="verbs") as (near, far):
         array = noise(SIZE)
