@@ -30,7 +30,8 @@ class ChannelConfig:
     idle_timeout_s: float = 120.0
     """An open transfer that makes no progress for so long fails. An idle channel never does."""
     connect_timeout_s: float = 10.0
-    """How long a listener waits for a peer that has connected to complete its handshake."""
+    """How long a listener waits for a peer that has connected to complete its handshake; `probe_s` more where the
+    path between two devices is tried."""
     close_timeout_s: float = 5.0
     """How long `aclose` waits for the peer's goodbye before it closes the connection regardless."""
     checksum: bool = True

@@ -278,10 +278,33 @@ class Pending(msgspec.Struct, eq=False):
         tune_lane(sock, config)
         mine = hello.lane_proof(self.answer.key, self.answer.session, proof.lane, "server")
         await say(sock, hello.LANE, LaneProof(self.answer.session, proof.lane, mine))
+        if self.complete.done():
+            raise LaneRefused("the session was given up: connect again")
         self.parts.lanes.append(sock)
-        if len(self.parts.lanes) == self.answer.lanes and not self.complete.done():
+        if len(self.parts.lanes) == self.answer.lanes:
             self.parts.lanes = [self.joined[i] for i in range(self.answer.lanes)]
             self.complete.set_result(None)
+
+    async def wait(self) -> None:
+        """Until all lanes have joined. Raises `ConnectError` as soon as the client hangs up."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.parts.control, self._look)
+        try:
+            await self.complete
+        finally:
+            loop.remove_reader(self.parts.control)
+
+    def _look(self) -> None:
+        try:
+            is_gone = not self.parts.control.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            is_gone = True
+        # What has come is for the channel, and what comes behind it cannot be seen from here.
+        asyncio.get_running_loop().remove_reader(self.parts.control)
+        if is_gone and not self.complete.done():
+            self.complete.set_exception(ConnectError("the client hung up before its lanes came"))
 
 
 async def grant(sock: socket.socket, greeting: Hello, config: ChannelConfig) -> Pending:

@@ -250,12 +250,12 @@ class Link:
             self.fail(exc)
 
     def control_lost(self, exc: Exception | None) -> None:
-        """The control connection ended."""
+        """The control connection ended, which a lane's loss may have led to at the peer's."""
         broken = ChannelBroken(
             "the peer ended the connection without a goodbye: it died, or was cut off; see its log, and connect again"
         )
         broken.__cause__ = exc
-        self.fail(broken)
+        self.fail(next((port.loss for port in self.ports if port.loss), broken))
 
     def _handle(self, event: Event) -> None:
         match event:

@@ -125,8 +125,8 @@ class Listener:
         """Hear what a connection is, and make it part of a channel. A failure concerns this one alone."""
         kept = False
         try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
-                kept = await self._admit(sock, peer)
+            async with asyncio.timeout(self._config.connect_timeout_s) as limit:
+                kept = await self._admit(sock, peer, limit)
         except AiordmaError as exc:
             with contextlib.suppress(AiordmaError, TimeoutError):
                 async with asyncio.timeout(self._config.close_timeout_s):
@@ -137,7 +137,7 @@ class Listener:
             if not kept:
                 hang_up(sock)
 
-    async def _admit(self, sock: socket.socket, peer: str) -> bool:
+    async def _admit(self, sock: socket.socket, peer: str, limit: asyncio.Timeout) -> bool:
         kind, body = await hear(sock)
         if kind == hello.LANE and isinstance(body, LaneProof):
             pending = self._pending.get(body.session)
@@ -152,10 +152,12 @@ class Listener:
             raise RemoteProtocolError(f"a connection that begins with {type(body).__name__}")
         if len(self._channels) >= _MAX_UNACCEPTED:
             raise ConnectError("the server accepts no channels at the moment: try again later")
-        await self._open(sock, body, peer)
+        await self._open(sock, body, peer, limit)
         return True
 
-    async def _open(self, sock: socket.socket, greeting: Hello, peer: str) -> None:
+    async def _open(
+        self, sock: socket.socket, greeting: Hello, peer: str, limit: asyncio.Timeout
+    ) -> None:
         pending = await grant(sock, greeting, self._config)
         parts, session = pending.parts, pending.answer.session
         self._pending[session] = pending
@@ -164,6 +166,7 @@ class Listener:
             path, answer = await propose(parts, greeting, pending.answer, self._config)
             if path is not None:
                 undo.push_async_callback(path.aclose)
+                limit.reschedule((limit.when() or self._loop.time()) + self._config.probe_s)
             with contextlib.ExitStack() as wait:
                 wait.callback(self._pending.pop, session)
                 sent_at = time.perf_counter()
@@ -172,7 +175,7 @@ class Listener:
                 if path is not None:
                     agreed = await agree_as_server(path, parts, self._config)
                 if not agreed.lanes:
-                    await pending.complete
+                    await pending.wait()
             rtt_s = time.perf_counter() - sent_at
             channel = await build(parts, agreed, self._config, peer=peer, rtt_s=rtt_s)
             undo.pop_all()

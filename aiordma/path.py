@@ -7,9 +7,10 @@ Each end opens its queue pairs, learns the other's, and sends a probe through ea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,6 +21,8 @@ from aiordma.errors import (
     AiordmaError,
     Busy,
     ChannelBroken,
+    ConnectError,
+    ForeignPeer,
     LaneRefused,
     RegistrationError,
     RemoteProtocolError,
@@ -218,16 +221,30 @@ async def _no(path: RdmaPath, reason: str) -> Agreed:
 
 
 async def _say(sock: socket.socket, body: hello.Body) -> None:
-    await say(sock, hello.CONTROL, body)
+    with _midway():
+        await say(sock, hello.CONTROL, body)
 
 
 async def _hear(sock: socket.socket, kind: type[B]) -> B:
-    _, body = await hear(sock)
+    with _midway():
+        _, body = await hear(sock)
     if not isinstance(body, kind):
         raise RemoteProtocolError(
             f"{kind.__name__} was due in the handshake, {type(body).__name__} came"
         )
     return body
+
+
+@contextlib.contextmanager
+def _midway() -> Iterator[None]:
+    """One that has said HELLO, or an ANSWER, is no foreign peer."""
+    try:
+        yield
+    except ForeignPeer as exc:
+        raise ConnectError(
+            "the peer hung up while RDMA lanes were tried: it died, or its time for a handshake "
+            "(connect_timeout_s) was over; see its log, and connect again"
+        ) from exc
 
 
 def _cut(reason: str) -> str:

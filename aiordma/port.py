@@ -77,6 +77,8 @@ class Port:
         self._sent = (0, 0)
         self._received = (0, 0)
         self._credits_sent = 0
+        self.loss: ChannelBroken | None = None
+        """What the lane was lost by, if it knows more than that its connection ended."""
 
     # Sending
 
@@ -183,6 +185,8 @@ class Port:
             f"lane {self.index} ({self.lane.kind}) is lost: {exc or 'it ended'}; connect again"
         )
         broken.__cause__ = exc
+        if isinstance(exc, ChannelBroken):
+            self.loss = broken
         # A peer that closes ends its lanes and its control connection together; which we see first is chance.
         asyncio.get_running_loop().call_later(_GRACE_S, self._owner.fail, broken)
 

@@ -26,7 +26,8 @@ class Registration:
         return self._release is not None
 
     def release(self) -> None:
-        """Unpin the memory, now or when what is under way is done with it. Twice is once."""
+        """Unpin the memory, now or when what is under way is done with it, unless others have registered it too.
+        Twice is once."""
         if self._release is not None:
             self._release()
             self._release = None

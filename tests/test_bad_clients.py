@@ -21,9 +21,11 @@ from aiordma import (
     Listener,
 )
 from aiordma.wire import hello
+from aiordma.wire.control import Message
 from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Refusal
 from tests.conftest import sockets
-from tests.foreign import CONFIG, LIMITS, REMEDY, HungUp, Wire, enter, nothing_left, proof
+from tests.foreign import CONFIG, LIMITS, REMEDY, Foreign, HungUp, Wire, enter, nothing_left, proof
+from tests.harness import until
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 
@@ -239,6 +241,28 @@ async def test_a_session_whose_lanes_never_come_is_given_up():
         wire.close()
         control.close()
         await a_good_one(listener)
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+async def test_a_session_whose_client_hangs_up_before_its_lanes_came_is_given_up_at_once(is_reset):
+    async with listening(dataclasses.replace(CONFIG, connect_timeout_s=60)) as listener:
+        used_bytes = aiordma.ring.BUDGET.used_bytes
+        control, _ = await offered(listener, 1)
+        assert aiordma.ring.BUDGET.used_bytes > used_bytes
+        control.reset() if is_reset else control.close()
+        await until(lambda: aiordma.ring.BUDGET.used_bytes == used_bytes)
+        await a_good_one(listener)
+
+
+async def test_what_a_client_says_before_the_last_lane_is_looked_at_is_kept():
+    async with listening() as listener:
+        control, answer = await offered(listener, 1)
+        await Foreign(control, [], CONFIG.slots).say(Message(b"\x07"))
+        lane, _ = await lane_with(listener, proof(answer, 0))
+        async with await listener.accept() as channel:
+            assert await channel.recv() == 7
+            control.close()
+            lane.close()
 
 
 # Silence and crowds

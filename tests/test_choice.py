@@ -28,7 +28,17 @@ def test_the_port_that_has_our_address_is_best_else_the_first_active():
     ports = [port("down", IPV4, state="DOWN"), port("a", IPV4), port("b", other)]
     assert choose(ports, near="10.0.0.2").port.device == "b"
     assert choose(ports, near="127.0.0.1").port.device == "a"
+    # As a listener on "::" has it, and a link-local address its interface.
+    assert choose(ports, near="::ffff:10.0.0.2").port.device == "b"
+    assert choose(ports, near="fe80::1%eth0").port.device == "a"
     assert choose(ports, device="b").port.device == choose(ports, device="b/1").port.device == "b"
+
+
+def test_the_port_that_has_our_ipv6_address_is_best():
+    other = Gid(2, "RoCE v2", "2001:0db8:0000:0000:0000:0000:0000:0002")
+    choice = choose([port("a", IPV4, GLOBAL), port("b", IPV4, other)], near="2001:db8::2")
+    assert (choice.port.device, choice.gid) == ("b", IPV4)  # as the peer does
+    assert choose([port("a", GLOBAL), port("b", other)], near="2001:db8::2").gid == other
 
 
 def test_infiniband_goes_by_its_first_address():

@@ -203,6 +203,19 @@ async def test_a_send_whose_peer_dies_returns_when_the_queue_pair_is_gone(
     await cancel(receiving)
 
 
+async def test_what_a_lane_was_lost_by_is_told_though_the_peer_hangs_up_before_its_grace_is_over(
+    pair: Pair,
+) -> None:
+    """Both ends lose it at once; who gives up first is chance."""
+    near, far = pair
+    device = queue_pair(near)
+    device.wire.fail()
+    await until(lambda: near._link.ports[0].lane.room == 0)
+    far._link._control.abort()
+    with pytest.raises(ChannelBroken, match=rf"lane 0 .*{device.name}: .*WR_FLUSH_ERR"):
+        await near.recv()
+
+
 async def test_slots_that_are_used_again_before_their_chunk_was_told(pair: Pair) -> None:
     """What a chunk is staged in must not go to another one of the same slot."""
     near, far = pair

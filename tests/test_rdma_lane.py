@@ -246,6 +246,17 @@ async def test_a_completion_queue_that_is_lost(ends):
     await until(lambda: right.payloads)
 
 
+async def test_a_completion_queue_that_is_lost_does_not_keep_a_lane_from_closing(ends):
+    """Nothing tells that the work requests are flushed: the queue pair is destroyed at once."""
+    left, _ = (end.start() for end in ends)
+    left.queue_pair.reservation.queue.failure = OSError(5, "the CQ has overrun")
+    left.send(chunk(b"x"))
+    await broken(left)
+    begun = asyncio.get_running_loop().time()
+    await left.lane.aclose()
+    assert asyncio.get_running_loop().time() - begun < 0.4
+
+
 # Peers that lie
 
 

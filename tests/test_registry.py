@@ -66,6 +66,27 @@ def test_the_end_of_an_owner_ends_it_unless_work_is_under_way(registry, pinned):
     release()
 
 
+def test_it_lasts_until_all_who_asked_for_it_have_released_it(registry):
+    """As two tasks do that send one tensor over two channels."""
+    array = np.zeros(100, np.uint8)
+    releases = [registry.add(array, array.data) for _ in range(2)]
+    releases[0]()
+    assert registry.find(array.data) is not None
+    releases[1]()
+    assert registry.find(array.data) is None
+
+
+def test_a_release_that_comes_late_ends_nothing_else(registry):
+    """The memory, and even the owner's identity, may be another's by then."""
+    array = np.zeros(600, np.uint8)
+    release = registry.add(array, array.data)
+    other = np.zeros(600, np.uint8)
+    registry.add(other, other.data)  # the first one made room
+    registry.add(array, array.data)
+    release()
+    assert registry.find(array.data) is not None
+
+
 def test_memory_that_its_owner_lets_go_of_is_kept_until_the_owner_goes(registry, pinned):
     """Else other memory could come to lie at its address, and the device would read the old pages."""
     owner, array = Owner(), np.zeros(100, np.uint8)
@@ -100,6 +121,18 @@ def test_what_was_asked_for_least_recently_makes_room(registry):
         registry.add(arrays[0], memoryview(bytearray(1001)))
     with pytest.raises(RegistrationError, match="a bytearray cannot be registered"):
         registry.add(bytearray(10), memoryview(bytearray(10)))
+
+
+def test_parts_that_are_registered_too_do_not_hide_the_whole(registry):
+    """As a state dict's tensors do that lie in one piece of memory."""
+    whole = np.zeros(500, np.uint8)
+    registry.add(whole, whole.data)
+    parts = [whole[20 * i : 20 * i + 20] for i in range(20)]
+    for part in parts:
+        registry.add(part, part.data)
+    for first, last in ((0, 500), (395, 405), (450, 500)):
+        assert registry.find(whole[first:last].data) is not None
+    assert registry.find(np.zeros(1, np.uint8).data) is None
 
 
 def test_any_order_of_coming_and_going():

@@ -99,26 +99,37 @@ def choose(
         raise LaneRefused(
             f"no RDMA port is active ({states}): bring its link up (rdma link; ip link)"
         )
+    near_text = None if near is None else _as_gid(near)
     choices = [
         Choice(port, gid)
         for port in active
         for gid in port.gids
-        if gid_index in (None, gid.number) and _rank(port, gid, near) is not None
+        if gid_index in (None, gid.number) and _rank(port, gid, near_text) is not None
     ]
     if not choices:
         raise LaneRefused(_no_gid(active, gid_index))
-    return min(choices, key=lambda choice: _rank(choice.port, choice.gid, near) or 0)
+    return min(choices, key=lambda choice: _rank(choice.port, choice.gid, near_text) or 0)
+
+
+def _as_gid(address: str) -> str:
+    """The text of the GID that stands for an IP address."""
+    host = address.partition("%")[0]
+    return ipaddress.IPv6Address(host if ":" in host else f"::ffff:{host}").exploded
 
 
 def _rank(port: Port, gid: Gid, near: str | None) -> int | None:
-    """Lower is better; None: it cannot be used."""
+    """Lower is better; None: it cannot be used. `near`: as a GID's text."""
     if not port.is_ethernet:
-        return 2 if gid.number == 0 else 4
+        return 3 if gid.number == 0 else 9
     if gid.kind != "RoCE v2":
         return None
+    if gid.text == near and gid.ipv4 is not None:
+        return 0
+    # Both ends must choose of one family: IPv4 comes first, whichever the way to the peer is.
+    farther = near not in [other.text for other in port.gids]
     if gid.ipv4 is not None:
-        return 0 if gid.ipv4 == near else 1
-    return 3 if not ipaddress.IPv6Address(gid.text).is_link_local else 5
+        return 1 + farther
+    return 5 + farther if not ipaddress.IPv6Address(gid.text).is_link_local else 7 + farther
 
 
 def _no_gid(ports: Sequence[Port], gid_index: int | None) -> str:

@@ -221,8 +221,9 @@ class Reservation(Generic[Q]):
         self._qp_num = qp_num
 
     def watch(self) -> None:
-        """The handler is busy from now on: look after the queue until it is not."""
+        """The handler is busy: look after the queue until it is not. Raises `OSError` if that has failed."""
         self._pump.check_loop()
+        self._shared.check()
         self._pump.watch()
 
     def release(self) -> None:
@@ -293,6 +294,10 @@ class _SharedQueue(Generic[Q]):
 
     def has_room(self, work_requests: int) -> bool:
         return self._failure is None and self.reserved + work_requests <= self.cq.capacity
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise OSError(self._failure.errno, "the completion queue failed") from self._failure
 
     def join(self, qp_num: int, handler: CompletionHandler) -> None:
         if self._failure is not None:

@@ -83,7 +83,8 @@ class RdmaLane:
     def __init__(
         self, queue_pair: QueuePair, ring: Ring, outbox: Outbox, *, watch: Callable[[], None]
     ) -> None:
-        """`ring`: ours, which the peer writes to. `watch`: the completion pump's, told that work is due."""
+        """`ring`: ours, which the peer writes to. `watch`: the completion pump's, told that work is due; raises
+        `OSError` if it cannot tell any more what becomes of it."""
         self._qp = queue_pair
         self._ring = ring
         self._outbox = outbox
@@ -188,10 +189,9 @@ class RdmaLane:
             return
         try:
             self._qp.submit(batch)
+            self._watch()
         except OSError as exc:
             self._lose(self._broken(f"the device refuses work ({exc})", exc))
-        else:
-            self._watch()
 
     # What the completion pump tells
 

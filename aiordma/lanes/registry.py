@@ -13,15 +13,13 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple, Protocol
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from aiordma.errors import RegistrationError
 from aiordma.lanes.outbox import Piece
-
-_NEIGHBOURS: Final = 8
-"""How many entries before an address are looked at: they may overlap."""
 
 
 class Region(Protocol):
@@ -43,6 +41,8 @@ class _Entry(NamedTuple):
     memory: memoryview | None
     """Kept, so that no other memory gets its address while the owner lives: `parameter.data = ...` lets go of it.
     None if that would keep the owner alive."""
+    holders: set[object]
+    """One for each that asked for it and has not released it."""
 
 
 class Registry:
@@ -54,6 +54,8 @@ class Registry:
         self._limit_bytes = limit_bytes
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
         self._sorted: list[_Key] = []
+        self._reach: list[int] = []
+        """The furthest end of all entries up to the one of this place among the sorted: they may overlap."""
 
     @property
     def nbytes(self) -> int:
@@ -64,16 +66,18 @@ class Registry:
         return len(self._entries)
 
     def add(self, owner: object, memory: memoryview) -> Callable[[], None]:
-        """Register memory for as long as its owner lives, or until what is returned is called.
+        """Register memory for as long as its owner lives, or until what is returned is called, by all who asked.
 
         Once, however often this is called. What was asked for least recently makes room. Raises
         `RegistrationError` for more than the limit, and for an owner whose end cannot be watched.
         """
         address = address_of(memory)
         key = (address, memory.nbytes, id(owner))
-        if key in self._entries:
+        holder = object()
+        if entry := self._entries.get(key):
             self._entries.move_to_end(key)
-            return partial(self._forget, key)
+            entry.holders.add(holder)
+            return partial(self._release, key, entry.holders, holder)
         if memory.nbytes > self._limit_bytes:
             raise RegistrationError(
                 f"{memory.nbytes} bytes are more than registered_bytes={self._limit_bytes} allows: raise it, or "
@@ -91,9 +95,10 @@ class Registry:
         is_writable = not memory.readonly
         region = self._register(address, memory.nbytes, is_writable)
         kept = None if _holds(memory, owner) else memory
-        self._entries[key] = _Entry(region, is_writable, watch, kept)
+        holders = {holder}
+        self._entries[key] = _Entry(region, is_writable, watch, kept, holders)
         self._sorted = []
-        return partial(self._forget, key)
+        return partial(self._release, key, holders, holder)
 
     def find(self, memory: memoryview, *, is_to_write: bool = False) -> Piece | None:
         """This memory as a piece of what is registered (to be written to), if it lies within."""
@@ -102,8 +107,10 @@ class Registry:
         address, nbytes = address_of(memory), memory.nbytes
         if len(self._sorted) != len(self._entries):
             self._sorted = sorted(self._entries)
-        last = bisect_right(self._sorted, address, key=lambda key: key[0])
-        for key in reversed(self._sorted[max(0, last - _NEIGHBOURS) : last]):
+            self._reach = list(accumulate((key[0] + key[1] for key in self._sorted), max))
+        place = bisect_right(self._sorted, address, key=lambda key: key[0]) - 1
+        while place >= 0 and self._reach[place] >= address + nbytes:
+            key = self._sorted[place]
             entry = self._entries.get(key)
             if (
                 entry is not None
@@ -111,11 +118,18 @@ class Registry:
                 and entry.is_writable >= is_to_write
             ):
                 return Piece(address, nbytes, entry.region.lkey, entry.region)
+            place -= 1
         return None
 
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
+
+    def _release(self, key: _Key, holders: set[object], holder: object) -> None:
+        holders.discard(holder)
+        entry = self._entries.get(key)
+        if entry is not None and entry.holders is holders and not holders:
+            self._forget(key)
 
     def _forget(self, key: _Key) -> None:
         """One step, since it comes from whichever thread drops the owner."""
