@@ -85,9 +85,8 @@ async def take_part(address: tuple[str, int], name: str) -> None:
 async def main() -> None:
     server = fedllm.Server(
         full_arrays(make_model()),
+        fedllm.RunConfig(min_silos=2, rounds=3),
         fingerprint={},
-        min_silos=2,
-        rounds=3,
         on_round=lambda result: print(f"round {result.round}: loss {result.metrics['loss']:.2f}"),
     )
     async with server, asyncio.TaskGroup() as silos:

@@ -82,7 +82,9 @@ async def take_part(address: tuple[str, int], name: str) -> None:
 async def main() -> None:
     weights = full_arrays(Reader(), keep_local=KEEP)
     print("the server sees", ", ".join(weights))
-    server = fedllm.Server(weights, fingerprint=FINGERPRINT, min_silos=2, rounds=ROUNDS)
+    server = fedllm.Server(
+        weights, fedllm.RunConfig(min_silos=2, rounds=ROUNDS), fingerprint=FINGERPRINT
+    )
     async with server, asyncio.TaskGroup() as silos:
         address = await server.start()
         for name in CLINICS:
