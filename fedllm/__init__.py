@@ -5,7 +5,7 @@
 
     async with join(host, port, name="bank", fingerprint=f) as silo:
         async for task in silo.rounds():
-            update = await asyncio.to_thread(train, task.weights)
+            update = await run_in_thread(lambda stop: train(task.weights, stop))
             await task.submit(update, weight=examples)
 
 `run_round` and `exchange` are the same for those who own the loop and the channels.
@@ -39,6 +39,7 @@ from fedllm.server import Server
 from fedllm.silo import EvaluationTask, Report, RoundTask, Silo
 from fedllm.staged import Staged
 from fedllm.strategy import FedAvg, Strategy
+from fedllm.threads import run_in_thread
 
 __all__ = [
     "Aggregation",
@@ -80,5 +81,6 @@ __all__ = [
     "exchange",
     "join",
     "run_evaluation",
+    "run_in_thread",
     "run_round",
 ]

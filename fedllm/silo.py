@@ -242,6 +242,7 @@ class RoundTask:
         self.weights = weights
         """The global weights, the silo's own to change."""
         self.is_submitted = False
+        """Whether it has its answer: an update, or that there is none."""
         self._silo = silo
         self._task = task
         self._identity = identity
@@ -278,8 +279,7 @@ class RoundTask:
         given up and the update is no longer read; the silo can ask for the next task, and until it does, the server
         waits.
         """
-        if self.is_submitted:
-            raise FedError("this task's update was submitted already")
+        self._check_unanswered()
         outgoing = prepare(_in_order_of(self.weights, update))
         ready = _report(self._task.ticket, weight, norm, metrics or {})
         await self._silo.keep(self._identity, update, ready)
@@ -295,6 +295,19 @@ class RoundTask:
             if not self._silo.can_return:
                 raise
             return Report(accepted=False, reason=str(exc), bytes=0, seconds=0.0)
+
+    async def decline(self, reason: str) -> None:
+        """Take no part in this round, and say why (as much as fits into 4096 characters).
+
+        For who looks at the weights and does not want them, say. The silo is asked again in the next round.
+        """
+        self._check_unanswered()
+        await self._silo.say(Decline(self._task.ticket, reason[:4096]))
+        self.is_submitted = True
+
+    def _check_unanswered(self) -> None:
+        if self.is_submitted:
+            raise FedError("this task's update was submitted already, or declined")
 
 
 def _in_order_of(

@@ -94,7 +94,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
-    " fedllm.server fedllm.silo fedllm.joining",
+    " fedllm.server fedllm.silo fedllm.joining fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -103,7 +103,9 @@ ROOMS: Mapping[str, str] = {
     "fedllm.staged": f"aiordma {BELOW_STRATEGY}",
     "fedllm.aligned": f"aiordma {BELOW_STRATEGY}",
     "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
+    "fedllm.threads": "",
     "fedllm.adapters": "fedllm.errors",
+    "fedllm.trainers": "fedllm.threads",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
@@ -128,7 +130,7 @@ GUESTS: Mapping[str, str] = {
     "pyverbs": "aiordma.lanes.verbs*",
     "torch": "fedllm.adapters fedllm.demo.*",
     "peft": "fedllm.adapters fedllm.demo.*",
-    "transformers": "fedllm.adapters fedllm.demo.*",
+    "transformers": "fedllm.adapters fedllm.trainers fedllm.demo.*",
     "pickle": "",
 }
 LAZY_GUESTS = {("aiordma.tensors", "torch")}
