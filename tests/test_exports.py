@@ -99,6 +99,7 @@ FEDLLM = {
     "exchange",
     "join",
     "run_evaluation",
+    "run_in_thread",
     "run_round",
 }
 
