@@ -3,25 +3,29 @@
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+pytestmark = pytest.mark.timeout(180)
+
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 PROGRAMS = [code for language, code in BLOCKS if language == "python"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
+@cache
 def run(*arguments: str) -> str:
-    """Output of a Python program that must succeed without a warning."""
+    """Output of a Python program that must succeed without a warning. Run once: some import torch."""
     done = subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=170,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr

@@ -383,3 +383,11 @@ async def test_an_end_that_does_not_arrive_is_not_waited_for_when_the_peer_has_g
     await closing
     assert asyncio.get_running_loop().time() - begun < 0.4
     assert not left.events
+
+
+async def test_a_lane_that_is_closed_is_in_no_circle_with_its_windows(ends):
+    """One would keep its ring until the collector of circles comes."""
+    for end in ends:
+        await end.start().lane.aclose()
+        calls = vars(end.rdma.windows).values()
+        assert not any(getattr(call, "__self__", None) is end.rdma for call in calls)

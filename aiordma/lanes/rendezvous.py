@@ -146,6 +146,7 @@ class Windows:
     def end(self) -> None:
         """The queue pair is destroyed, and with it the way to all of them."""
         self._is_over = True
+        self._post, self._fail = _nothing, _nothing  # the lane's: a circle would keep its ring
         for timer in self._stopping.values():
             timer.cancel()
         self._stopping.clear()
@@ -159,3 +160,7 @@ class Windows:
         opened.lease.numbers.discard(number)
         if not opened.lease.numbers:
             opened.lease.over.set_result(None)
+
+
+def _nothing(*_: object) -> None:
+    """There is no lane any more."""
