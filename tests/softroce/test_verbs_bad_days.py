@@ -54,6 +54,24 @@ async def over_tcp(left: ChannelConfig, right: ChannelConfig, reason: str) -> No
         await usable(near, far)
 
 
+async def test_a_device_that_cannot_be_opened_does_not_stand_against_the_others(monkeypatch):
+    """As in a container that was given one of its host's."""
+    from aiordma.lanes.verbs import device
+
+    real = device.names()
+    monkeypatch.setattr(device, "names", lambda: ["ghost0", *real])
+    async with pair(require="verbs") as (near, far):
+        await usable(near, far)
+    wanted = ChannelConfig(slot_bytes=1 << 16, device="ghost0")
+    await over_tcp(
+        wanted, CONFIG, "^tcp: the client: cannot open the RDMA device ghost0: .*aiordma doctor"
+    )
+    monkeypatch.setattr(device, "names", lambda: ["ghost0"])
+    await over_tcp(
+        CONFIG, CONFIG, "^tcp: the client: cannot open the RDMA device ghost0: .*aiordma doctor"
+    )
+
+
 async def test_a_port_that_is_down(node):
     set_link("down")
     try:
