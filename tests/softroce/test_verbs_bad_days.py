@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import mmap
 import re
 import resource
 import subprocess
@@ -164,6 +165,8 @@ async def test_what_cannot_be_registered():
             near.register(np.ones((1 << 20) + 1, np.uint8))
         with pytest.raises(RegistrationError, match="a bytearray cannot be registered"):
             near.register(bytearray(100))
+        with pytest.raises(RegistrationError, match=r"\(Bad address\): .* send a copy"):
+            near.register(np.frombuffer(mmap.mmap(-1, 100, prot=0), np.uint8))
         with pytest.raises(aiordma.TensorError, match="not contiguous"):
             near.register(np.ones((4, 4))[:, 1])
         before = resources()["mr"]
