@@ -1,10 +1,11 @@
 """Federated rounds of language models over aiordma: a thin layer of coroutines.
 
-    history = await Server(weights, fingerprint=f, min_silos=2, rounds=10).run(host, port)
+    settings = RunConfig(min_silos=2, rounds=10)
+    history = await Server(weights, settings, fingerprint=f).run(host, port)
 
     async with join(host, port, name="bank", fingerprint=f) as silo:
         async for task in silo.rounds():
-            update = await asyncio.to_thread(train, task.weights)
+            update = await run_in_thread(lambda stop: train(task.weights, stop))
             await task.submit(update, weight=examples)
 
 `run_round` and `exchange` are the same for those who own the loop and the channels.
@@ -12,8 +13,11 @@
 
 from fedllm.aggregate import Aggregation, Contribution
 from fedllm.aligned import Aligned
-from fedllm.config import RunConfig
+from fedllm.backoff import Backoff
+from fedllm.checkpoint import Checkpoints
+from fedllm.config import EarlyStop, RunConfig
 from fedllm.errors import (
+    CheckpointError,
     FedError,
     JoinRefused,
     QuorumNotReached,
@@ -26,17 +30,27 @@ from fedllm.errors import (
     UpdateError,
     WeightsError,
 )
+from fedllm.evaluation import Evaluation, run_evaluation
+from fedllm.history import History, RoundRecord
+from fedllm.joining import join
 from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
 from fedllm.rounds import RoundResult, run_round
-from fedllm.server import History, RoundRecord, Server
-from fedllm.silo import Report, RoundTask, Silo, join
+from fedllm.server import Server
+from fedllm.silo import EvaluationTask, Report, RoundTask, Silo
 from fedllm.staged import Staged
 from fedllm.strategy import FedAvg, Strategy
+from fedllm.threads import run_in_thread
 
 __all__ = [
     "Aggregation",
     "Aligned",
+    "Backoff",
+    "CheckpointError",
+    "Checkpoints",
     "Contribution",
+    "EarlyStop",
+    "Evaluation",
+    "EvaluationTask",
     "FedAvg",
     "FedError",
     "History",
@@ -66,5 +80,7 @@ __all__ = [
     "WeightsError",
     "exchange",
     "join",
+    "run_evaluation",
+    "run_in_thread",
     "run_round",
 ]

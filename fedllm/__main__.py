@@ -13,77 +13,12 @@ from typing import Any, TypeVar
 
 from aiordma import AiordmaError
 from fedllm.config import RunConfig
-from fedllm.demo import arguments
+from fedllm.demo import arguments, wording
 from fedllm.demo.events import Report, Said, json_lines
 from fedllm.demo.leash import hold_leash
 from fedllm.demo.preflight import check_base, check_host
 from fedllm.demo.text import BUILTIN
 from fedllm.errors import FedError, SettingError
-
-DESCRIPTION = """\
-Several machines ("silos") train one language model together, and no text leaves any of them:
-every round each silo trains on its own text and sends what it learnt (a LoRA adapter, or all
-weights) to a server, which sends the mean back."""
-
-EXAMPLES = """\
-examples:
-  see it work, with everything on this machine (about two minutes, nothing to download):
-      python -m fedllm demo
-
-  the same for real. On the server, which holds the base model but no text:
-      python -m fedllm serve --base ./base --rounds 10 --min-silos 2 --out ./result
-  on each silo, which holds the same base model and its own text:
-      python -m fedllm join --server localhost:4791 --name clinic --base ./base --text ./letters
-
-  `python -m fedllm COMMAND --help` says more about each."""
-
-SERVE = """\
-Average what silos train, round by round. Writes OUT/federated (an adapter that
-PeftModel.from_pretrained(base, OUT/federated) loads, or with --mode full a whole model), also
-when the run ends early, by Ctrl-C or for want of silos, after a round or more. As each round ends
-it adds a line to OUT/metrics.jsonl, and writes OUT/checkpoint.json, which names the file of the
-weights: should the server be killed, that round is not lost.
-
-Silos must hold the same base model, tokenizer and adapter settings: a fingerprint of each is
-compared when they join, and one that differs is refused by name."""
-
-SERVE_EXAMPLES = """\
-examples:
-  ten rounds; each goes on without whoever trains, or uploads, for over ten minutes, as long as
-  three silos are left; with fewer the run ends:
-      python -m fedllm serve --base ./base --rounds 10 --min-silos 3 --deadline 600
-  all weights instead of an adapter, with a learning rate of your own:
-      python -m fedllm serve --base ./base --rounds 5 --mode full --lr 2e-5"""
-
-JOIN = """\
-Train on this machine's text in every round of a server's run, until the run is over. The server
-says how many steps, what batch, and what learning rate."""
-
-JOIN_EXAMPLES = """\
-examples:
-  a folder of text files:
-      python -m fedllm join --server 10.0.0.5:4791 --name bank --base ./base --text ./reports
-  no text at hand? This Python's own docstrings:
-      python -m fedllm join --server localhost:4791 --name me --base ./base --text docstrings"""
-
-DEMO = """\
-A server and three silos as separate processes on this machine, on real text that comes with
-Python: the language reference's help topics, the standard library's docstrings, and its sources.
-A small GPT-2 is first trained on neutral text (numpy's docstrings and tests). At the end: the
-perplexity of the base, of each silo's model trained alone for as many steps, and of the federated
-one, on held-out text of each silo and on all of it.
-
-Exit code 0: on all text together the federated model is better than any silo alone; 3: it is
-not."""
-
-DEMO_EXAMPLES = """\
-examples:
-  python -m fedllm demo
-  python -m fedllm demo --mode full                  all weights instead of a LoRA adapter
-  python -m fedllm demo --rounds 10 --steps 40       longer
-  python -m fedllm demo --model ./gpt2 --lr 5e-4     a base model of your own
-  python -m fedllm demo --silos mail=./mail docstrings sources"""
-
 
 EXTRA = ("torch", "transformers", "peft", "safetensors", "tokenizers", "rich")
 STAGES = ("prepare", "alone", "judge")
@@ -121,8 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def _parser(*, with_stages: object = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fedllm",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
+        description=wording.DESCRIPTION,
+        epilog=wording.EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="{serve,join,demo}", required=True, title="commands")
@@ -135,7 +70,9 @@ def _parser(*, with_stages: object = False) -> argparse.ArgumentParser:
 
 
 def _add_serve(commands: Any) -> None:
-    parser = _command(commands, "serve", SERVE, SERVE_EXAMPLES, help="average what silos train")
+    parser = _command(
+        commands, "serve", wording.SERVE, wording.SERVE_EXAMPLES, help="average what silos train"
+    )
     parser.set_defaults(run=_serve)
     _base_arguments(parser)
     _run_arguments(parser)
@@ -144,18 +81,57 @@ def _add_serve(commands: Any) -> None:
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     add("--port", type=arguments.port, default=4791, help="0 takes a free one (default 4791)")
     add("--insecure", action="store_true", help="allow another address than this machine's own")
+    for phase, what in (("train", "training, or an evaluation,"), ("upload", "upload")):
+        add(
+            f"--{phase}-deadline",
+            type=arguments.seconds,
+            metavar="SECONDS",
+            help=f"most that a round's {what} may take (default: no end)",
+        )
     add(
-        "--deadline",
+        "--absence-timeout",
         type=arguments.seconds,
         metavar="SECONDS",
-        help="most that a round's training may take, and most for its upload (default: no end)",
+        help="end the run when a round waits longer for --min-silos silos to be there (default: never)",
     )
     add("--out", type=Path, default=Path("result"), help="folder to write (default: ./result)")
     add("--lr", type=arguments.rate, help="learning rate (default: 1e-3 for lora, 5e-5 for full)")
+    _state_arguments(parser)
+
+
+def _state_arguments(parser: Any) -> None:
+    add = parser.add_argument
+    add(
+        "--fraction",
+        type=arguments.share,
+        default=1.0,
+        help="part of the silos that a round asks, but at least --min-silos (default 1: all)",
+    )
+    add(
+        "--evaluate-every",
+        type=arguments.whole,
+        metavar="ROUNDS",
+        help="let the silos judge the model after so many rounds (default: never)",
+    )
+    add(
+        "--patience",
+        type=arguments.whole,
+        metavar="TIMES",
+        help="end when the loss has not become better so often: that of the evaluations, or, without, "
+        "that of the training (default: run all rounds)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last round that OUT/checkpoints has, or begin if it has none",
+    )
+    add("--keep", type=arguments.whole, default=3, help="rounds kept on disk (default 3)")
 
 
 def _add_join(commands: Any) -> None:
-    parser = _command(commands, "join", JOIN, JOIN_EXAMPLES, help="train on this machine's text")
+    parser = _command(
+        commands, "join", wording.JOIN, wording.JOIN_EXAMPLES, help="train on this machine's text"
+    )
     parser.set_defaults(run=_join)
     _base_arguments(parser)
     add = parser.add_argument
@@ -170,10 +146,20 @@ def _add_join(commands: Any) -> None:
     add("--text", required=True, help=f"a file, a folder, or one of {', '.join(BUILTIN)}")
     add("--out", type=Path, help="folder for the run's final model (default: not written here)")
     add("--threads", type=arguments.whole, default=1, help="threads to train with (default 1)")
+    add("--keep", type=Path, metavar="FOLDER", help="where to keep the last update (default: not)")
+    add(
+        "--retry",
+        type=arguments.seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to wait for a server that is away (default 600)",
+    )
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _command(commands, "demo", DEMO, DEMO_EXAMPLES, help="see all of it on this machine")
+    parser = _command(
+        commands, "demo", wording.DEMO, wording.DEMO_EXAMPLES, help="see all of it on this machine"
+    )
     parser.set_defaults(run=_demo)
     _mode_argument(parser)
     _run_arguments(parser)

@@ -6,27 +6,41 @@ Names and their order are the model's own (peft: adapter names taken out; transf
 
 Lifetime of what is returned: on the CPU an array is a *view* of the parameter's memory, no copy. It
 changes when the model trains or is loaded again, and keeps that memory alive for as long as it
-lives; `.copy()` it to keep the values. Parameters in bfloat16 (which numpy does not know) are
-widened to float32, exactly, into memory of their own; loading rounds them back, to nearest even.
-Parameters on another device are copied to the CPU.
+lives; `.copy()` it to keep the values. A bfloat16 parameter is such a view as well, in ml_dtypes'
+dtype. Parameters on another device are copied to the CPU.
+
+A mean of bfloat16 weights is rounded to bfloat16, and loses updates below 2^-9 of a weight. For
+global weights in float32 give the server, and `submit`, ``array.astype(np.float32)``: loading takes
+any float dtype, and rounds to the parameter's own, to nearest even.
+
+`keep_local` names what never leaves a silo: globs (`fnmatch`) of dotted parameter names, or of
+modules, whose parameters they then all mean (``["lm_head", "*.h.11", "*.ln_?.bias"]``). The same
+patterns at the server and at every silo leave the same names out of what is sent and of what is
+loaded: a silo takes the global layers, and keeps its own for these. A pattern that means no
+parameter is an `AdapterError`, since what it should have kept would leave.
 """
 
 import enum
 import json
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 import xxhash
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from fedllm.errors import FedError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+Tensors = dict[str, torch.Tensor]
 
 # Where one silo keeps its files and which releases wrote them is not what it trains.
 _LOCAL_SETTINGS = frozenset(
@@ -40,7 +54,9 @@ class AdapterError(FedError, ValueError):
     """Arrays that do not belong to this model, or a parameter that no array can hold."""
 
 
-def lora_arrays(model: PeftModel, *, adapter: str = "default") -> Arrays:
+def lora_arrays(
+    model: PeftModel, *, adapter: str = "default", keep_local: Collection[str] = ()
+) -> Arrays:
     """What peft would save of `adapter`: its factors and `modules_to_save`, as arrays.
 
     Embedding layers are never added: by default (`save_embedding_layers="auto"`) peft looks the
@@ -49,22 +65,21 @@ def lora_arrays(model: PeftModel, *, adapter: str = "default") -> Arrays:
 
     Source: `peft.get_peft_model_state_dict`.
     """
-    return {name: _array(name, tensor) for name, tensor in _lora_state(model, adapter).items()}
+    return _arrays(_lora_tensors(model, adapter, keep_local))
 
 
 def load_lora(
-    model: PeftModel, arrays: Mapping[str, np.ndarray[Any, Any]], *, adapter: str = "default"
+    model: PeftModel,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    adapter: str = "default",
+    keep_local: Collection[str] = (),
 ) -> None:
     """Copy arrays, named and shaped as `lora_arrays` returns them, into `adapter`.
 
-    `AdapterError` names what is missing, unknown or of another shape (peft alone passes over the
-    first two without a word); the model is then as it was.
-
-    Source: `peft.set_peft_model_state_dict`.
+    `AdapterError` names what is missing, unknown or of another shape; the model is then as it was.
     """
-    _check_fit(_lora_state(model, adapter), arrays)
-    state = {name: _tensor(array) for name, array in arrays.items()}
-    set_peft_model_state_dict(model, state, adapter_name=adapter)
+    _load(_lora_tensors(model, adapter, keep_local), arrays)
 
 
 def save_lora(model: PeftModel, directory: Path, *, adapter: str = "default") -> None:
@@ -72,41 +87,96 @@ def save_lora(model: PeftModel, directory: Path, *, adapter: str = "default") ->
 
     `PeftModel.from_pretrained(base, directory)` reads them.
     """
-    state = {
-        name: tensor.contiguous().cpu() for name, tensor in _lora_state(model, adapter).items()
-    }
+    tensors = _lora_tensors(model, adapter, ())
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[adapter].save_pretrained(str(directory))
 
 
-def full_arrays(model: nn.Module) -> Arrays:
-    """All parameters, in the model's order; tied ones (GPT-2's `wte` and `lm_head`) once.
+def full_arrays(model: nn.Module, *, keep_local: Collection[str] = ()) -> Arrays:
+    """All parameters of any module, in its order; tied ones (GPT-2's `wte` and `lm_head`) once.
 
-    Tied means the same Parameter object; it goes by the first of its names. Buffers stay out: they
-    are not trained, and averaging them would mean nothing.
+    Tied means the same Parameter object; it goes by the first of its names, and stays here if
+    `keep_local` means any of them. Buffers stay out: they are not trained, and averaging them would
+    mean nothing.
     """
-    return {name: _array(name, parameter) for name, parameter in model.named_parameters()}
+    return _arrays(_parameters(model, keep_local)[0])
 
 
-def load_full(model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def load_full(
+    model: nn.Module,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    keep_local: Collection[str] = (),
+) -> None:
     """Copy arrays, named and shaped as `full_arrays` returns them, into the model.
 
     `AdapterError` names what is missing, unknown or of another shape; the model is then as it was.
     """
-    parameters = dict(model.named_parameters())
-    _check_fit(parameters, arrays)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(_tensor(arrays[name]))
+    _load(_parameters(model, keep_local)[0], arrays)
+
+
+def local_arrays(model: nn.Module, keep_local: Collection[str]) -> Arrays:
+    """The parameters that `full_arrays` leaves out: what a silo itself must save to keep them."""
+    return _arrays(_parameters(model, keep_local)[1])
+
+
+def load_local(
+    model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]], keep_local: Collection[str]
+) -> None:
+    """Copy what `local_arrays` returned back into the model; see `load_full`."""
+    _load(_parameters(model, keep_local)[1], arrays)
+
+
+@contextmanager
+def full_on_trial(
+    model: nn.Module,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    keep_local: Collection[str] = (),
+) -> Iterator[None]:
+    """Within the block the model computes with `arrays` in place of its own parameters, then as before.
+
+    So a silo looks at a new global model before it adopts it, or keeps what it has::
+
+        with full_on_trial(model, task.weights):
+            theirs = perplexity(model)
+        if theirs <= mine:
+            load_full(model, task.weights)
+
+    On the CPU nothing is copied where dtypes agree: the parameters lie in the arrays' memory, and
+    what trains them there changes the arrays. However the block ends, the model's own memory is
+    back, untouched. Raises `AdapterError` as `load_full` does, before anything is changed.
+    """
+    with _on_trial(_parameters(model, keep_local)[0], arrays):
+        yield
+
+
+@contextmanager
+def lora_on_trial(
+    model: PeftModel,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    adapter: str = "default",
+    keep_local: Collection[str] = (),
+) -> Iterator[None]:
+    """`full_on_trial` for an adapter: `arrays` as `load_lora` takes them."""
+    with _on_trial(_lora_tensors(model, adapter, keep_local), arrays):
+        yield
 
 
 def fingerprint(
-    model: nn.Module, tokenizer: Any, adapter_config: PeftConfig | None
+    model: nn.Module,
+    tokenizer: Any,
+    adapter_config: PeftConfig | None,
+    *,
+    keep_local: Collection[str] = (),
 ) -> dict[str, str]:
     """Three digests that silos and server must share before they average anything.
 
     - `weights`: names, dtypes, shapes and bytes of the *base* model's parameters and buffers, tied
-      ones once; the same before and after an adapter is attached.
+      ones once; the same before and after an adapter is attached. Of all weights that are trained
+      (no adapter) those that `keep_local` means are left out: they are each silo's own.
     - `tokenizer`: its serialised form and special tokens, without what the last call set.
     - `adapter`: the adapter's settings as sorted JSON, without paths and version numbers; `None`
       (full fine-tuning) has a digest as well. Give the configuration that the attached model holds
@@ -116,26 +186,71 @@ def fingerprint(
     not forgers: xxh3_128 is not a cryptographic hash.
     """
     return {
-        "weights": _weights_digest(model),
+        "weights": _weights_digest(model, _parameters(model, keep_local)[1]),
         "tokenizer": _json_digest(_tokenizer_form(tokenizer)),
         "adapter": _json_digest(_adapter_form(adapter_config)),
     }
 
 
-def _lora_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, adapter_name=adapter, save_embedding_layers=False
+def _lora_tensors(model: PeftModel, adapter: str, keep_local: Collection[str]) -> Tensors:
+    """peft's names for the adapter's own Parameters (and, of `modules_to_save`, buffers)."""
+    own = model.state_dict(keep_vars=True)
+    tensors: Tensors = get_peft_model_state_dict(
+        model, state_dict=own, adapter_name=adapter, save_embedding_layers=False
     )
-    return state
+    ids = {id(tensor) for tensor in own.values()}
+    for name, tensor in tensors.items():
+        if id(tensor) not in ids:  # what peft computes anew each time could not be loaded
+            kind = model.peft_config[adapter].peft_type
+            raise AdapterError(f"{name} of a {kind} adapter is no parameter of the model: use LoRA")
+    local = _meant({name: (name,) for name in tensors}, keep_local)
+    return {name: tensor for name, tensor in tensors.items() if name not in local}
+
+
+def _parameters(model: nn.Module, keep_local: Collection[str]) -> tuple[Tensors, Tensors]:
+    """The parameters that are shared, and those that stay, each once and by the first of its names."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    local = _meant({group[0]: tuple(group) for group in names.values()}, keep_local)
+    shared: Tensors = {}
+    kept: Tensors = {}
+    for name, parameter in model.named_parameters():
+        (kept if name in local else shared)[name] = parameter
+    return shared, kept
+
+
+def _meant(names: Mapping[str, Collection[str]], patterns: Collection[str]) -> set[str]:
+    """The keys any of whose names, or of the modules above it, any pattern matches."""
+    found: set[str] = set()
+    for pattern in patterns:
+        here = {
+            key
+            for key, aliases in names.items()
+            if any(
+                fnmatchcase(name, glob) for name in aliases for glob in (pattern, f"{pattern}.*")
+            )
+        }
+        if not here:
+            raise AdapterError(
+                f"keep_local: {pattern!r} means no parameter here, and what it should keep would leave; "
+                f"a name is, for instance, {next(iter(names), 'none: there are none')}"
+            )
+        found |= here
+    return found
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
+    return {name: _array(name, tensor) for name, tensor in tensors.items()}
 
 
 def _array(name: str, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A view of the tensor's memory where numpy knows its dtype; bfloat16 widened into a copy."""
-    plain = tensor.detach().cpu()
+    """A view of the tensor's memory."""
+    plain = tensor.detach().cpu().contiguous()
     if plain.dtype is torch.bfloat16:
-        plain = plain.float()
+        return plain.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     try:
-        return plain.contiguous().numpy()
+        return plain.numpy()
     except TypeError as exc:
         raise AdapterError(
             f"{name} is {tensor.dtype}, which numpy cannot hold: convert the model "
@@ -145,7 +260,32 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """A tensor over the array's memory; over a copy where torch could not write (it would warn)."""
-    return torch.from_numpy(np.require(array, requirements=("C", "W")))
+    plain = np.require(array, requirements=("C", "W"))
+    if plain.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(plain.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(plain)
+
+
+def _load(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    _check_fit(tensors, arrays)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(_tensor(arrays[name]))
+
+
+@contextmanager
+def _on_trial(
+    tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]
+) -> Iterator[None]:
+    _check_fit(tensors, arrays)
+    own = {name: tensor.data for name, tensor in tensors.items()}
+    try:
+        for name, tensor in tensors.items():
+            tensor.data = _tensor(arrays[name]).to(tensor.device, tensor.dtype)
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data = own[name]
 
 
 def _check_fit(
@@ -176,9 +316,11 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
 
 
-def _weights_digest(model: nn.Module) -> str:
+def _weights_digest(model: nn.Module, without: Collection[str]) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(_base_tensors(model), key=lambda named: named[0]):
+        if name in without:
+            continue
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

@@ -12,6 +12,7 @@ What the network does below it is told by `aiordma.AiordmaError` and its subclas
     ├── RoundError
     │   ├── RoundAbandoned  a round ended without a result; nothing was wrong with this silo
     │   └── QuorumNotReached   too few silos: the old weights stay; carries the outcomes
+    ├── CheckpointError     a checkpoint cannot be written or read; says which, and what to do
     ├── JoinRefused         the server does not take this silo, and says why
     ├── ServerLost          the connection to the server is gone
     └── RunFailed           the server gave the whole run up, and says why
@@ -23,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
+    "CheckpointError",
     "FedError",
     "JoinRefused",
     "QuorumNotReached",
@@ -89,12 +91,17 @@ class QuorumNotReached(RoundError):
         super().__init__("; ".join([reason, *causes[:MAX_LISTED]]) + more)
 
 
-class JoinRefused(FedError):
-    """The server does not take this silo. `reason` is the server's."""
+class CheckpointError(FedError):
+    """A checkpoint that cannot be written or read. Says which; those before it are whole."""
 
-    def __init__(self, reason: str) -> None:
+
+class JoinRefused(FedError):
+    """The server does not take this silo. `reason` is the server's; unless it `is_final`, asking again may help."""
+
+    def __init__(self, reason: str, *, is_final: bool = True) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.is_final = is_final
 
 
 class ServerLost(FedError):

@@ -12,6 +12,8 @@
            ◀───────────────────── Commit   exactly one for each Task, at any time after it
            ◀───────────────────── Goodbye  and, if `has_weights`, the final weights
 
+A Task that `evaluates` is over with its Ready, or Decline: no Upload and no Commit follow.
+
 A Task carries a `ticket` drawn for it alone: round numbers may come again (a round that failed is tried
 anew), tickets do not. What bears another ticket than the present one is stale.
 """
@@ -26,6 +28,7 @@ import msgspec
 from fedllm.errors import SettingError
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[\w.:@-]+\Z")]
+Key = Annotated[str, msgspec.Meta(max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Fingerprint = Annotated[
     dict[Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=256)]],
@@ -41,6 +44,8 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
     name: Name
     fingerprint: Fingerprint
+    key: Key = ""
+    """Drawn by the silo, once: who joins with the key of a member is that silo, and takes its place."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -52,17 +57,19 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The silo does not take part."""
+    """The silo does not take part; if that is not final, it may ask again."""
 
     reason: str
+    is_final: bool = True
 
 
 class Task(msgspec.Struct, frozen=True, tag=True):
-    """Train on the weights that follow as a transfer."""
+    """Train on the weights that follow as a transfer; or only judge them, if it `evaluates`."""
 
     round: int
     ticket: int
     arguments: dict[str, Any]
+    evaluates: bool = False
 
     def meta(self, attempt: int) -> dict[str, int]:
         """The `meta` of its transfers; `attempt` is 0 for the weights, an Upload's for the update."""
@@ -70,7 +77,7 @@ class Task(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Training is done, and the update will not change until the Commit."""
+    """Training is done, and the update will not change until the Commit; or the weights are judged."""
 
     ticket: int
     weight: float

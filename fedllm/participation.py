@@ -23,11 +23,21 @@ from aiordma import (
     TransferAborted,
     TransferTimeout,
 )
-from fedllm.aggregate import Contribution
+from fedllm.aggregate import Contribution, check_weight
 from fedllm.errors import RoundAbandoned, StagingError, UpdateError
 from fedllm.messages import FROM_SILO, Commit, Decline, Ready, Task, Upload, is_for
 
-__all__ = ["Outcome", "Participation", "Ready", "Status", "Task", "exchange", "tell", "turn_away"]
+__all__ = [
+    "Outcome",
+    "Participation",
+    "Ready",
+    "Status",
+    "Task",
+    "ask",
+    "exchange",
+    "tell",
+    "turn_away",
+]
 
 UPLOAD_ATTEMPTS: Final = 2
 """How often an upload is asked for that was damaged or given up."""
@@ -41,7 +51,7 @@ class Status(enum.StrEnum):
     """What became of a silo in a round."""
 
     COMMITTED = "committed"
-    """Its update is in the new weights."""
+    """Its update is in the new weights; or, in an evaluation, its metrics in the means."""
     REFUSED = "refused"
     """Its update, or what it said of it, is not acceptable; or it declined."""
     FAILED = "failed"
@@ -167,6 +177,26 @@ async def exchange(channel: Channel, outgoing: Outgoing, contribution: Participa
     if unheard is not None and error is None:
         record.doing, error = "sending the commit", unheard
     return record.outcome(status, error, None if is_answered else task.ticket)
+
+
+async def ask(channel: Channel, outgoing: Outgoing, task: Task) -> Outcome:
+    """One silo's half of an evaluation: the weights go there, its metrics come back; nothing is uploaded.
+
+    Has no deadline of its own: cancel it, which leaves the channel usable. All that goes wrong with the silo is
+    returned.
+    """
+    record = _Record()
+    try:
+        await _hand_out(channel, outgoing, task, record)
+        record.doing = "waiting for its metrics"
+        record.report = await _receive_report(channel, task)
+        check_weight(record.report.weight)
+        return record.outcome(Status.COMMITTED, None, None)
+    except UpdateError as exc:
+        return record.outcome(Status.REFUSED, exc, None)
+    except AiordmaError as exc:
+        is_answered = isinstance(exc, ChannelError | MessageError)
+        return record.outcome(Status.FAILED, exc, None if is_answered else task.ticket)
 
 
 async def _hand_out(channel: Channel, outgoing: Outgoing, task: Task, record: _Record) -> None:

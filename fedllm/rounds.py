@@ -48,12 +48,13 @@ async def run_round(
     round: int,
     strategy: Strategy,
     min_silos: int,
-    deadline_s: float | None = None,
+    train_deadline_s: float | None = None,
+    upload_deadline_s: float | None = None,
     arguments: Mapping[str, object] | None = None,
 ) -> RoundResult:
     """One round with the silos behind `channels`, by name; `weights` are not changed.
 
-    Each of the two phases, from the task to READY and from there to the whole update, may take `deadline_s`; if
+    From the task to READY it may take `train_deadline_s`, and from there to the whole update `upload_deadline_s`; if
     all have to upload once more because a silo fell out (`Aligned`), the second begins anew.
     `arguments` reach the silos' training as they are: anything that msgspec encodes. The result does not
     depend on the order in which anything arrives.
@@ -65,10 +66,12 @@ async def run_round(
     """
     if min_silos < 1:
         raise SettingError(f"min_silos must be at least 1, not {min_silos}")
-    if deadline_s is not None:
-        check_seconds("deadline_s", deadline_s)
+    for name, seconds in (("train", train_deadline_s), ("upload", upload_deadline_s)):
+        if seconds is not None:
+            check_seconds(f"{name}_deadline_s", seconds)
     task = Task(round, secrets.randbits(63), check_arguments(arguments or {}))
-    return await _Round(channels, weights, task, strategy, min_silos).run(deadline_s)
+    leading = _Round(channels, weights, task, strategy, min_silos)
+    return await leading.run(train_deadline_s, upload_deadline_s)
 
 
 class _At(enum.Enum):
@@ -147,7 +150,7 @@ class _Round:
         if self._abandoned is not None:
             raise RoundAbandoned(self._abandoned)
 
-    async def run(self, deadline_s: float | None) -> RoundResult:
+    async def run(self, train_s: float | None, upload_s: float | None) -> RoundResult:
         """Do it all; see `run_round`."""
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -158,23 +161,25 @@ class _Round:
             self._exchanges[name] = task
         weights: dict[str, NDArray[Any]] = {}
         try:
-            await self._phase(_At.TRAINING, deadline_s)
+            await self._phase(_At.TRAINING, train_s)
             self.cohort_chosen.set()
             if self._abandoned is None:
-                await self._phase(_At.UPLOADING, deadline_s)
+                await self._phase(_At.UPLOADING, upload_s)
             if self._abandoned is None:
                 weights = await asyncio.to_thread(self._fold)
             self.folded.set()
             outcomes = {name: await task for name, task in self._exchanges.items()}
         finally:
             await _cancel(self._exchanges.values())
+            # They know this round, a circle: it would hold whole models until the collector comes by.
+            self._places.clear()
         if self._abandoned is not None:
             raise QuorumNotReached(self._abandoned, outcomes)
         return RoundResult(
             round=self.task.round,
             weights=weights,
             outcomes=outcomes,
-            metrics=_mean_metrics(outcomes),
+            metrics=mean_metrics(outcomes),
             seconds=loop.time() - started,
         )
 
@@ -248,8 +253,11 @@ async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*cancelled, return_exceptions=True)
 
 
-def _mean_metrics(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
+def mean_metrics(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
+    """Of what all the committed report, by their reported weights; empty if nobody is."""
     committed = [o for o in outcomes.values() if o.status is Status.COMMITTED]
+    if not committed:
+        return {}
     shared = set.intersection(*(set(o.metrics) for o in committed))
     total = sum(o.weight or 0.0 for o in committed)
     return {

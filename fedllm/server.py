@@ -1,81 +1,46 @@
-"""The server's side of a run: who is a member, and the loop over rounds."""
+"""The server's side of a run: the loop over rounds, and its state on disk."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self, TypeVar
 
-from numpy.typing import NDArray
+import msgspec
 
 import aiordma
-from aiordma import (
-    AiordmaError,
-    Channel,
-    ChannelConfig,
-    ChannelError,
-    MessageError,
-    Outgoing,
-    TransferTimeout,
-    prepare,
-)
+from aiordma import ChannelConfig, ChannelError, prepare
 from fedllm.aggregate import Arrays
+from fedllm.checkpoint import Checkpoints
 from fedllm.config import RunConfig
-from fedllm.errors import FedError, QuorumNotReached
-from fedllm.messages import FROM_SILO, Goodbye, Join, Refused, Task, Welcome, check_arguments
-from fedllm.participation import Outcome
+from fedllm.errors import CheckpointError, FedError, QuorumNotReached
+from fedllm.evaluation import Evaluation, run_evaluation
+from fedllm.history import History, Progress, RoundRecord, State
+from fedllm.membership import Membership, choose
+from fedllm.messages import check_arguments
+from fedllm.participation import Outcome, Status
 from fedllm.rounds import RoundResult, run_round
 from fedllm.strategy import FedAvg, Strategy
 
-__all__ = ["History", "RoundRecord", "Server"]
+__all__ = ["Server"]
 
-FINAL_SILENCE_S: Final = 30.0
-"""A silo that takes nothing for so long at the end of a run does not get the final weights."""
-PING_TIMEOUT_S: Final = 3.0
-"""How long to ask a member whether it is there, when another silo wants its name."""
+T = TypeVar("T")
+Hook = Callable[[T], Awaitable[object] | object]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoundRecord:
-    """A `RoundResult` without its weights."""
-
-    round: int
-    outcomes: Mapping[str, Outcome]
-    metrics: Mapping[str, float]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class History:
-    """What a run has come to."""
-
-    weights: Mapping[str, NDArray[Any]]
-    """Those of the last of the rounds, or the first global weights."""
-    rounds: tuple[RoundRecord, ...]
-    """Those that succeeded."""
-
-
-@dataclass(eq=False)
-class _Member:
-    name: str
-    channel: Channel
-    is_busy: bool = False
-    """Whether it has yet to answer an earlier task: it would be late for the next as well."""
-    unanswered: int | None = None
-    """That task's ticket."""
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+MAX_FAULTS: Final = 2
+"""A silo that fails so often in tries of one round, through no fault of its connection, is out for that round."""
 
 
 class Server:
-    """Admits silos and runs rounds with them.
+    """Admits silos and runs rounds with them, for those who do not own the loop and the channels.
 
-    ``history = await Server(weights, ...).run(host, port)``, or, to know the address first::
+    ``history = await Server(weights, RunConfig(...), ...).run(host, port)``, or, to know the address first::
 
-        async with Server(weights, ...) as server:
+        async with Server(weights, RunConfig(...), ...) as server:
             await server.start()
             ... server.address ...
             history = await server.run()
@@ -87,39 +52,32 @@ class Server:
     def __init__(
         self,
         weights: Arrays,
+        settings: RunConfig,
         *,
         fingerprint: Mapping[str, str],
-        min_silos: int,
-        rounds: int,
         strategy: Strategy | None = None,
         arguments: Mapping[str, object] | None = None,
-        deadline_s: float | None = None,
-        expect: int | None = None,
-        join_timeout_s: float = 10.0,
-        absence_timeout_s: float | None = None,
-        on_round: Callable[[RoundResult], object] | None = None,
+        checkpoints: Checkpoints | None = None,
+        on_round: Hook[RoundResult] | None = None,
+        on_evaluation: Hook[Evaluation] | None = None,
         on_silo: Callable[[str, str], object] | None = None,
         config: ChannelConfig | None = None,
     ) -> None:
-        """`min_silos` to `absence_timeout_s` are explained in `RunConfig`, and `arguments` in `run_round`.
+        """`weights`: the first global weights; they are not changed. `arguments` are explained in `run_round`.
 
-        `weights`: the first global weights; they are not changed. `fingerprint`: digests by what they are of
-        ("weights", "tokenizer", "adapter"); a silo with any other is refused. `strategy`: `FedAvg()` if None.
-        `on_round` is called (and awaited, if it returns an awaitable) after each round that succeeded;
-        `on_silo` with a silo's name, or the address of one that has none, and what became of it: "joined",
-        "refused: ...", "caught up" (it was late), "gone: ...". What they raise ends the run, or that silo's membership.
+        `fingerprint`: digests by what they are of ("weights", "tokenizer", "adapter"); a silo with any other is
+        refused. `strategy`: `FedAvg()` if None. `checkpoints`: where the first weights and those of each round
+        are saved, before anything else is done with them; see `resume`.
+        `on_round` and `on_evaluation` are called (and awaited, if they return an awaitable) after each round that
+        succeeded and is saved, and each evaluation; a server that dies just before has not called them, and one that
+        resumes does not call them again. `on_silo` is called with a silo's name, or the address of one that has none,
+        and what became of it: "joined", "refused: ...", "caught up" (it was late), "gone: ...". What they raise ends
+        the run, or that silo's membership.
 
-        Raises `SettingError`; `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such
-        that cannot be sent.
+        Raises `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such that cannot be
+        sent, `SettingError` for arguments that no silo can be told.
         """
-        self._plan = RunConfig(
-            min_silos=min_silos,
-            rounds=rounds,
-            expect=expect,
-            deadline_s=deadline_s,
-            join_timeout_s=join_timeout_s,
-            absence_timeout_s=absence_timeout_s,
-        )
+        self._settings = settings
         self._weights: Arrays = dict(weights)
         self._strategy: Strategy = FedAvg() if strategy is None else strategy
         # Both raise what a round would raise.
@@ -127,14 +85,14 @@ class Server:
         prepare(self._weights)
         self._fingerprint = dict(fingerprint)
         self._arguments = check_arguments(arguments or {})
+        self._checkpoints = checkpoints
         self._on_round = on_round
-        self._on_silo = on_silo
+        self._on_evaluation = on_evaluation
         self._config = config
-        self._name = secrets.token_hex(8)
+        self._members = Membership(settings, fingerprint, on_silo)
         self._records: list[RoundRecord] = []
-        self._round = 1
-        self._members: dict[str, _Member] = {}
-        self._changed = asyncio.Event()
+        self._progress = Progress()
+        self._saved: Progress | None = None
         self._serving: aiordma.Server | None = None
 
     @property
@@ -150,18 +108,67 @@ class Server:
         return History(weights=self._weights, rounds=tuple(self._records))
 
     @property
+    def round(self) -> int:
+        """How many rounds have succeeded, those before a `resume` included."""
+        return self._progress.round
+
+    @property
     def silos(self) -> tuple[str, ...]:
         """The names of the members, sorted."""
-        return tuple(sorted(self._members))
+        return self._members.names
+
+    async def resume(self) -> int:
+        """Take the newest checkpoint's weights and go on from there; the number of rounds that are done.
+
+        To be called before `start` and `run`. A folder without checkpoints is a run that begins. However a server
+        ended (kill -9, a crash of its host), the run goes on with the round that it was in, from the same weights;
+        silos find it again by themselves. Raises `CheckpointError` for a checkpoint that cannot be read or is of
+        another run.
+        """
+        if self._checkpoints is None:
+            raise FedError("there is nothing to resume from: give the server checkpoints")
+        if self._serving is not None:
+            raise FedError("resume() comes before start(): silos are told of the run as they join")
+        rounds = await asyncio.to_thread(self._checkpoints.rounds)
+        if not rounds:
+            return 0
+        state = await asyncio.to_thread(self._read, self._checkpoints, rounds[-1])
+        load = self._checkpoints.load
+        self._weights, _ = await asyncio.to_thread(load, rounds[-1], self._weights)
+        self._members.run = state.run
+        self._go_on_from(state.progress)
+        self._saved = state.progress
+        return state.progress.round
+
+    def _read(self, checkpoints: Checkpoints, round: int) -> State:
+        try:
+            state = msgspec.convert(checkpoints.state(round), State)
+        except msgspec.ValidationError as exc:
+            objection = str(exc)
+        else:
+            if state.fingerprint == self._fingerprint:
+                return state
+            objection = (
+                f"its fingerprint is {state.fingerprint}, and this run's {self._fingerprint}"
+            )
+        raise CheckpointError(
+            f"the checkpoint of round {round} in {checkpoints.folder} is of another run ({objection}): give this run a "
+            "folder of its own"
+        )
 
     async def start(
         self, host: str = "127.0.0.1", port: int = 0, *, insecure: bool = False
     ) -> tuple[str, int]:
-        """Listen, and admit silos from now on; the address. Raises like `aiordma.listen`."""
+        """Save the first weights, listen, and admit silos from now on; the address.
+
+        Raises like `aiordma.listen`, and `CheckpointError`: if the weights cannot be saved, or the checkpoints are of
+        an earlier run that was not resumed.
+        """
         if self._serving is not None:
             raise FedError("the server listens already")
+        await self._save()
         self._serving = await aiordma.serve(
-            self._serve_silo, host, port, config=self._config, insecure=insecure
+            self._members.serve, host, port, config=self._config, insecure=insecure
         )
         return self._serving.address
 
@@ -170,29 +177,22 @@ class Server:
     ) -> History:
         """Start unless that was done, run all rounds, send the final weights and say goodbye, close.
 
-        A round that lost its quorum because silos died is tried again, with the same weights, once the quorum
-        is there again. Raises `QuorumNotReached` when it was lost otherwise, or when the silos stay away for
-        `absence_timeout_s`; the silos are told. Cancelled, it closes the channels and leaves nothing behind. What
-        the run had come to is `history`; run again, it goes on from there.
+        A round that lost its quorum is tried again with the same weights: because silos died, once the quorum is
+        there again; because of other faults, as long as there is a quorum without silos that failed twice. Raises
+        `QuorumNotReached` when there is none, or when the silos stay away for `absence_timeout_s`; the silos are
+        told. Raises `CheckpointError` when a round cannot be saved; the silos are not told, and come back to
+        whoever resumes. Cancelled, it closes the channels and leaves nothing behind. What the run had come to is
+        `history`; run again, it goes on from there.
         """
         try:
             if self._serving is None:
                 await self.start(host, port, insecure=insecure)
             try:
-                await self._gather(self._plan.expect or self._plan.min_silos)
-                while self._round <= self._plan.rounds:
-                    result = await self._succeed()
-                    self._weights = result.weights
-                    self._round += 1
-                    self._records.append(_record(result))
-                    if self._on_round is not None:
-                        answer = self._on_round(result)
-                        if inspect.isawaitable(answer):
-                            await answer
+                await self._run_rounds()
             except QuorumNotReached as exc:
-                await self._say_goodbye(exc.reason)
+                await self._members.give_up(exc.reason)
                 raise
-            await self._say_goodbye("")
+            await self._members.part(prepare(self._weights), self._progress.cohort)
             return self.history
         finally:
             await self.aclose()
@@ -216,181 +216,127 @@ class Server:
 
     # Rounds
 
+    async def _run_rounds(self) -> None:
+        await self._evaluate()
+        if not self._is_over():
+            await self._members.gather(self._settings.expect or self._settings.min_silos)
+        while not self._is_over():
+            result = await self._succeed()
+            self._weights = result.weights
+            self._records.append(RoundRecord.of(result))
+            self._go_on_from(self._after(result))
+            await self._save()
+            await _call(self._on_round, result)
+            await self._evaluate()
+
+    def _is_over(self) -> bool:
+        stop = self._settings.stop
+        return self._progress.round >= self._settings.rounds or (
+            stop is not None and stop.is_due(self._progress.figures)
+        )
+
+    def _after(self, result: RoundResult) -> Progress:
+        committed = (n for n, o in result.outcomes.items() if o.status is Status.COMMITTED)
+        figures = self._progress.figures
+        if self._settings.evaluate_every is None:
+            figures += self._figure(result.metrics)
+        return replace(self._progress, round=result.round, cohort=tuple(committed), figures=figures)
+
+    def _figure(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        stop = self._settings.stop
+        return (metrics[stop.metric],) if stop and stop.metric in metrics else ()
+
+    def _go_on_from(self, progress: Progress) -> None:
+        self._progress = progress
+        self._members.round = progress.round + 1
+
+    async def _save(self) -> None:
+        """Save how far the run has come, unless that is saved; and, if they are new, the weights."""
+        checkpoints, progress = self._checkpoints, self._progress
+        if checkpoints is None or self._saved == progress:
+            return
+        if self._saved is None and (rounds := await asyncio.to_thread(checkpoints.rounds)):
+            raise CheckpointError(
+                f"{checkpoints.folder} holds round {rounds[-1]} of an earlier run: resume it (--resume), or give "
+                "this run a folder of its own"
+            )
+        run = self._members.run
+        state = asdict(State(run=run, fingerprint=self._fingerprint, progress=progress))
+        if self._saved is not None and self._saved.round == progress.round:
+            await asyncio.to_thread(checkpoints.amend, progress.round, state)
+        else:
+            await asyncio.to_thread(checkpoints.save, progress.round, self._weights, state)
+        self._saved = progress
+
     async def _succeed(self) -> RoundResult:
         """One round, tried until it has its quorum."""
+        settings, number = self._settings, self._progress.round + 1
+        faults: Counter[str] = Counter()
         while True:
-            members = await self._gather(self._plan.min_silos)
+            out = {name for name, count in faults.items() if count >= MAX_FAULTS}
+            free = await self._members.gather(settings.min_silos, but=out)
+            asked = {name: free[name] for name in self._choose(free)}
             try:
                 result = await run_round(
-                    {name: member.channel for name, member in members.items()},
+                    asked,
                     self._weights,
-                    round=self._round,
+                    round=number,
                     strategy=self._strategy,
-                    min_silos=self._plan.min_silos,
-                    deadline_s=self._plan.deadline_s,
+                    min_silos=settings.min_silos,
+                    train_deadline_s=settings.train_deadline_s,
+                    upload_deadline_s=settings.upload_deadline_s,
                     arguments=self._arguments,
                 )
             except QuorumNotReached as exc:
-                self._settle(members, exc.outcomes)
-                if not any(isinstance(o.error, ChannelError) for o in exc.outcomes.values()):
+                self._members.settle(asked, exc.outcomes)
+                if not self._can_try_again(exc.outcomes, faults):
                     raise
             else:
-                self._settle(members, result.outcomes)
+                self._members.settle(asked, result.outcomes)
                 return result
 
-    def _settle(self, members: Mapping[str, _Member], outcomes: Mapping[str, Outcome]) -> None:
-        for name, member in members.items():
-            if isinstance(outcomes[name].error, ChannelError):
-                self._drop(member, outcomes[name].reason)
-            elif outcomes[name].is_busy:
-                member.is_busy, member.unanswered = True, outcomes[name].unanswered
-                member.news.set()
+    def _can_try_again(self, outcomes: Mapping[str, Outcome], faults: Counter[str]) -> bool:
+        """Whether the round may have its quorum the next time; counts the faults of this time."""
+        broken = {n for n, o in outcomes.items() if isinstance(o.error, ChannelError)}
+        own = (Status.REFUSED, Status.FAILED, Status.LATE)
+        faults.update(n for n, o in outcomes.items() if o.status in own and n not in broken)
+        out = {name for name, count in faults.items() if count >= MAX_FAULTS}
+        # Whose connection broke may come back, and is worth waiting for; who is late is not, alone.
+        there = {*self._members.names, *broken} if broken else set(self._members.free())
+        return len(there - out) >= self._settings.min_silos
 
-    async def _gather(self, count: int) -> dict[str, _Member]:
-        """The members that are there and free, once there are so many."""
-        try:
-            async with asyncio.timeout(self._plan.absence_timeout_s):
-                while len(free := self._free()) < count:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError as exc:
-            raise QuorumNotReached(
-                f"round {self._round}: {len(self._free())} silos were there within "
-                f"{self._plan.absence_timeout_s} s, and {count} are needed"
-            ) from exc
-        return free
+    def _choose(self, free: Collection[str]) -> list[str]:
+        settings = self._settings
+        return choose(
+            free,
+            round=self._progress.round + 1,
+            seed=settings.seed,
+            fraction=settings.fraction,
+            at_least=settings.min_silos,
+        )
 
-    def _free(self) -> dict[str, _Member]:
-        for member in list(self._members.values()):
-            if member.channel.is_closed:
-                self._drop(member, "its channel was closed")
-        return {name: member for name, member in self._members.items() if not member.is_busy}
-
-    async def _say_goodbye(self, failure: str) -> None:
-        outgoing = prepare(self._weights)
-        ticket = secrets.randbits(63)
-        async with asyncio.TaskGroup() as group:
-            for member in self._members.values():
-                goodbye = Goodbye(ticket, not (failure or member.is_busy), failure)
-                group.create_task(self._part(member, goodbye, outgoing))
-
-    async def _part(self, member: _Member, goodbye: Goodbye, outgoing: Outgoing) -> None:
-        try:
-            async with asyncio.timeout(FINAL_SILENCE_S):
-                await member.channel.send(goodbye)
-            if goodbye.has_weights:
-                meta = Task(self._round, goodbye.ticket, {}).meta(0)
-                await _send_while_taken(member.channel, outgoing, meta)
-        except (AiordmaError, TimeoutError) as exc:
-            self._report(member.name, f"gone without the final weights: {exc}")
-
-    # Membership
-
-    async def _serve_silo(self, channel: Channel) -> None:
-        """The life of a channel: join, take part, go. It is closed when this returns."""
-        member = await self._admit(channel)
-        if member is None:
+    async def _evaluate(self) -> None:
+        """Let the silos judge the weights, if that is due and was not done."""
+        every, round = self._settings.evaluate_every, self._progress.round
+        if every is None or not round or round % every or self._progress.evaluated == round:
             return
-        try:
-            await channel.send(Welcome(self._name, self._round, self._plan.rounds))
-            member.is_busy = False
-            self._changed.set()
-            self._report(member.name, "joined")
-            while self._members.get(member.name) is member:
-                await member.news.wait()
-                member.news.clear()
-                if member.is_busy:
-                    # Its answer to this task was late. One to an earlier task may come before: a Decline
-                    # of an upload that was not waited for any more.
-                    while (await channel.recv(FROM_SILO)).ticket != member.unanswered:
-                        pass
-                    member.is_busy = False
-                    self._changed.set()
-                    self._report(member.name, "caught up")
-        except AiordmaError as exc:
-            self._drop(member, str(exc))
-
-    async def _admit(self, channel: Channel) -> _Member | None:
-        name = channel.peer
-        try:
-            async with asyncio.timeout(self._plan.join_timeout_s):
-                join = await channel.recv(Join)
-            name = join.name
-            objection = _difference(self._fingerprint, join.fingerprint)
-            if not objection and await self._is_taken(name):
-                objection = f"the name {name!r} is in use by a silo that is there"
-        except TimeoutError:
-            objection = f"it did not say who it is within {self._plan.join_timeout_s:g} s"
-        except MessageError as exc:
-            objection = f"this is no valid request to join: {exc}"
-        except ChannelError as exc:
-            self._report(name, f"refused: {exc}")
-            return None
-        if objection:
-            self._report(name, f"refused: {objection}")
-            await channel.send(Refused(objection))
-            return None
-        # No await since the name was found free. Busy until it has its Welcome, which comes before any task.
-        member = self._members[name] = _Member(name, channel, is_busy=True)
-        return member
-
-    async def _is_taken(self, name: str) -> bool:
-        """Whether the name's silo is there; one that is not is dropped."""
-        while (member := self._members.get(name)) is not None:
-            try:
-                async with asyncio.timeout(PING_TIMEOUT_S):
-                    await member.channel.ping()
-            except ChannelError as exc:
-                self._drop(member, str(exc))
-            except TimeoutError:
-                return True  # it may be training with the interpreter locked
-            else:
-                return True
-        return False
-
-    def _drop(self, member: _Member, why: str) -> None:
-        if self._members.get(member.name) is member:
-            del self._members[member.name]
-            member.news.set()
-            self._report(member.name, f"gone: {why}")
-
-    def _report(self, name: str, what: str) -> None:
-        if self._on_silo is not None:
-            self._on_silo(name, what)
+        asked = await self._members.gather(self._settings.min_silos)
+        evaluation = await run_evaluation(
+            asked,
+            self._weights,
+            round=round,
+            deadline_s=self._settings.train_deadline_s,
+            arguments=self._arguments,
+        )
+        self._members.settle(asked, evaluation.outcomes)
+        figures = self._progress.figures + self._figure(evaluation.metrics)
+        self._progress = replace(self._progress, evaluated=round, figures=figures)
+        await self._save()
+        await _call(self._on_evaluation, evaluation)
 
 
-async def _send_while_taken(channel: Channel, outgoing: Outgoing, meta: object) -> None:
-    """Send, as long as it goes on: a transfer that nobody asks for never times out by itself."""
-    sending = asyncio.create_task(channel.send_tensors(outgoing, meta=meta, confirm=True))
-    try:
-        before = None
-        while not sending.done():
-            stats = channel.stats()
-            now = stats.sent_bytes, stats.in_flight_chunks
-            if now == before:
-                raise TransferTimeout(f"it took nothing for {FINAL_SILENCE_S:g} s")
-            before = now
-            await asyncio.wait({sending}, timeout=FINAL_SILENCE_S)
-        await sending
-    finally:
-        sending.cancel()
-        await asyncio.gather(sending, return_exceptions=True)
-
-
-def _difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """What differs between two fingerprints, and what to do; empty if nothing does."""
-    found = "; ".join(
-        f"not the same {key}: the server has {ours.get(key, 'none')}, the silo {theirs.get(key, 'none')}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-    )
-    return found and f"{found}; both need the same base model and settings (--base, --mode)"
-
-
-def _record(result: RoundResult) -> RoundRecord:
-    return RoundRecord(
-        round=result.round,
-        outcomes=result.outcomes,
-        metrics=result.metrics,
-        seconds=result.seconds,
-    )
+async def _call(hook: Hook[T] | None, news: T) -> None:
+    if hook is not None:
+        answer = hook(news)
+        if inspect.isawaitable(answer):
+            await answer

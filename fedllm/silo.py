@@ -1,51 +1,23 @@
-"""The silo's side: join a server, train in each round that it calls, go when the run is over."""
+"""The silo's side of a run: train in each round that the server calls, until the run is over."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, SupportsFloat, TypeVar
+from typing import Any, Self, SupportsFloat, TypeAlias
 
 import msgspec
 from numpy.typing import NDArray
 
-from aiordma import (
-    Channel,
-    ChannelConfig,
-    ChannelError,
-    MessageError,
-    Outgoing,
-    Transfer,
-    TransferError,
-    connect,
-    prepare,
-)
-from fedllm.config import check_seconds
-from fedllm.errors import FedError, JoinRefused, RunFailed, ServerLost, SettingError
-from fedllm.messages import (
-    FROM_SERVER,
-    JOIN_ANSWER,
-    Commit,
-    Decline,
-    Goodbye,
-    Join,
-    Ready,
-    Refused,
-    ServerMessage,
-    Task,
-    Upload,
-    Welcome,
-    is_for,
-)
-from fedllm.participation import turn_away
+from aiordma import Channel, MessageError, Outgoing, prepare
+from fedllm.conversation import Conversation
+from fedllm.errors import FedError, RunFailed, ServerLost, SettingError
+from fedllm.kept import Kept, identify
+from fedllm.messages import Commit, Decline, Goodbye, Ready, Task, Upload, Welcome
 
-__all__ = ["Report", "RoundTask", "Silo", "join"]
-
-T = TypeVar("T")
+__all__ = ["Evaluate", "EvaluationTask", "Report", "RoundTask", "Silo"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,60 +34,41 @@ class Report:
     """What the upload took, restarts and all."""
 
 
-@contextlib.asynccontextmanager
-async def join(
-    host: str,
-    port: int,
-    *,
-    name: str,
-    fingerprint: Mapping[str, str],
-    config: ChannelConfig | None = None,
-    timeout_s: float = 10.0,
-) -> AsyncGenerator[Silo, None]:
-    """Connect to a server and be admitted: ``async with join(...) as silo``. Leaving the block says goodbye.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationTask:
+    """Weights that the server wants judged."""
 
-    `name`: 1 to 64 letters, digits and ``_.:@-``, of no other silo of the run. `fingerprint`: digests by what
-    they are of ("weights", "tokenizer", "adapter"), which must equal the server's. Connecting and admission
-    may take `timeout_s` each.
-
-    Raises `SettingError` for a name or fingerprint that is none, `JoinRefused` with the server's reason,
-    `ServerLost` if it does not answer, `aiordma.ConnectError` if there is no aiordma server. Cancelled, nothing is
-    left behind.
-    """
-    check_seconds("timeout_s", timeout_s)
-    request = Join(name, dict(fingerprint))
-    try:
-        msgspec.convert(msgspec.to_builtins(request), Join)
-    except msgspec.ValidationError as exc:
-        raise SettingError(f"no server takes such a request to join: {exc}") from exc
-    async with connect(host, port, config=config, timeout_s=timeout_s) as channel:
-        welcome = await _be_admitted(channel, request, timeout_s)
-        async with Silo(channel, name, run=welcome.run, total_rounds=welcome.rounds) as silo:
-            yield silo
+    round: int
+    """The last whose updates are in the weights."""
+    arguments: Mapping[str, Any]
+    weights: dict[str, NDArray[Any]]
+    """The silo's own to change."""
 
 
-async def _be_admitted(channel: Channel, request: Join, timeout_s: float) -> Welcome:
-    try:
-        async with asyncio.timeout(timeout_s):
-            with _server_lost():
-                await channel.send(request)
-                answer: Welcome | Refused = await channel.recv(JOIN_ANSWER)
-    except TimeoutError as exc:
-        raise ServerLost(f"the server did not answer the join within {timeout_s:g} s") from exc
-    if isinstance(answer, Refused):
-        raise JoinRefused(answer.reason)
-    return answer
+Evaluate: TypeAlias = Callable[
+    [EvaluationTask], Awaitable[tuple[SupportsFloat, Mapping[str, SupportsFloat]]]
+]
+"""Judges weights: returns how much the silo counts (as a rule the number of examples), and metrics by name."""
 
 
 class Silo:
     """A member of a run: made by `join`, or on a channel of one's own to somebody who calls `run_round` on it.
 
-    A context manager, which stops listening at its end; it closes only what `join` has opened.
+    A context manager, which stops listening at its end, and leaves the channel open.
     """
 
     def __init__(
-        self, channel: Channel, name: str, *, run: str = "", total_rounds: int | None = None
+        self,
+        channel: Channel,
+        name: str,
+        *,
+        run: str = "",
+        total_rounds: int | None = None,
+        return_to: Callable[[ServerLost], Awaitable[tuple[Channel, Welcome]]] | None = None,
+        kept: Kept | None = None,
+        on_event: Callable[[str], object] | None = None,
     ) -> None:
+        """`return_to` is how to get back to a server that was lost, `kept` where updates are kept; see `join`."""
         self.name = name
         self.run = run
         """The server's name for the run."""
@@ -123,14 +76,14 @@ class Silo:
         """None if nobody has said."""
         self.final: dict[str, NDArray[Any]] | None = None
         """The last global weights, once the run is over and the server has sent them."""
-        self._channel = channel
-        self._heard: asyncio.Task[ServerMessage] | None = None
-        self._offered: deque[Transfer] = deque()
-        """What is not for the present task: for an earlier one, or for one that is yet to be read."""
+        self._talk = Conversation(channel)
         self._unanswered: int | None = None
         """The ticket of the last task, until it has its Ready or Decline."""
+        self._return_to = return_to
+        self._kept = kept
+        self._on_event = on_event
 
-    async def rounds(self) -> AsyncGenerator[RoundTask, None]:
+    async def rounds(self, evaluate: Evaluate | None = None) -> AsyncGenerator[RoundTask, None]:
         """The rounds in which this silo takes part, one after the other, until the run is over.
 
         Train, then ``await task.submit(...)``; asking for the next task without that declines this one, also
@@ -142,35 +95,103 @@ class Silo:
         then sends the whole update once more, without asking. The arrays given to it must not change until it
         returns.
 
-        Raises `ServerLost` when the connection breaks, or ends without a goodbye; `RunFailed` when the server
-        gave the run up.
+        `evaluate` is awaited, between rounds, when the server wants weights judged; without it this silo declines.
+
+        A silo made by `join` finds a server again that was lost, and goes on: the round that it was in may come
+        again, and needs no training if the update was kept. Raises `ServerLost` when it does not get back, or knows
+        no way; `JoinRefused` when it is not wanted back; `RunFailed` when the server gave the run up;
+        `CheckpointError` for a kept update that cannot be read.
         """
+        while True:
+            try:
+                task = await self._next_task(evaluate)
+            except ServerLost as exc:
+                await self._go_back(exc)
+            else:
+                if task is None:
+                    return
+                yield task
+
+    async def _next_task(self, evaluate: Evaluate | None) -> RoundTask | None:
+        """The next round for the caller to train in; None when the run is over."""
         while True:
             if self._unanswered is not None:
                 await self.say(Decline(self._unanswered, "no update was submitted"))
-            message = await self._next_message()
+            message = await self._talk.hear()
             if isinstance(message, Goodbye):
                 if message.failure:
                     raise RunFailed(message.failure)
                 if message.has_weights:
-                    self.final = await self._receive_weights(message.ticket)
-                return
+                    self.final = await self._talk.receive_weights(message.ticket)
+                return None
             if isinstance(message, Upload):
                 await self.say(Decline(message.ticket, "its submission was given up"))
             if not isinstance(message, Task):
                 continue  # about a task that was given up on this side
             self._unanswered = message.ticket
-            weights = await self._receive_weights(message.ticket)
+            weights = await self._talk.receive_weights(message.ticket)
             if weights is None:
                 await self.say(Decline(message.ticket, "the weights did not arrive"))
-                continue
-            yield RoundTask(self, message, weights)
+            elif message.evaluates:
+                await self._judge(message, weights, evaluate)
+            else:
+                task = await self._begin(message, weights)
+                if task is not None:
+                    return task
+
+    async def _judge(
+        self, message: Task, weights: dict[str, NDArray[Any]], evaluate: Evaluate | None
+    ) -> None:
+        if evaluate is None:
+            await self.say(Decline(message.ticket, "this silo does not evaluate"))
+            return
+        asked = EvaluationTask(round=message.round, arguments=message.arguments, weights=weights)
+        weight, metrics = await evaluate(asked)
+        await self.say(_report(message.ticket, weight, None, metrics))
+
+    async def _begin(self, message: Task, weights: dict[str, NDArray[Any]]) -> RoundTask | None:
+        """The task; None if its update was there, and has been handed in."""
+        if self._kept is None:
+            return RoundTask(self, message, weights)
+        identity = await asyncio.to_thread(identify, self.run, message, weights)
+        found = await asyncio.to_thread(self._kept.find, identity, message.ticket, weights)
+        task = RoundTask(self, message, weights, identity)
+        if found is None:
+            return task
+        self._tell(f"round {message.round} again: its update is there, and is handed in")
+        update, ready = found
+        report = await task.hand_in(prepare(update), ready)
+        if not report.accepted:
+            self._tell(f"not taken in round {message.round}: {report.reason}")
+        return None
+
+    async def keep(self, identity: str, update: Mapping[str, object], ready: Ready) -> None:
+        """Keep an update for a round that may come again. Raises `CheckpointError`."""
+        if self._kept is not None:
+            await asyncio.to_thread(self._kept.save, identity, update, ready)
+
+    @property
+    def can_return(self) -> bool:
+        """Whether the loss of the server is no end."""
+        return self._return_to is not None
+
+    async def _go_back(self, lost: ServerLost) -> None:
+        if self._return_to is None or isinstance(lost.__cause__, MessageError):
+            raise lost
+        await self.aclose()
+        self._unanswered = None
+        channel, welcome = await self._return_to(lost)
+        self._talk = Conversation(channel)
+        self.run, self.total_rounds = welcome.run, welcome.rounds
+        self._tell(f"back: round {welcome.round} of {welcome.rounds}")
+
+    def _tell(self, what: str) -> None:
+        if self._on_event is not None:
+            self._on_event(what)
 
     async def say(self, message: Ready | Decline) -> None:
         """Answer a task, or the request for an update that there is not any more."""
-        # A channel that is over says so to who listens, after what the server said before.
-        with contextlib.suppress(ChannelError):
-            await self._channel.send(message)
+        await self._talk.say(message)
         if message.ticket == self._unanswered:
             self._unanswered = None
 
@@ -179,18 +200,18 @@ class Silo:
         loop = asyncio.get_running_loop()
         is_uploaded, seconds = False, 0.0
         while True:
-            message = await self._peek()
+            message = await self._talk.peek()
             if isinstance(message, Task | Goodbye):
                 accepted, reason = False, "the server went on without this update"
                 break
-            self._heard = None
+            await self._talk.hear()
             if message.ticket != task.ticket:
                 continue
             if isinstance(message, Commit):
                 accepted, reason = message.accepted, message.reason
                 break
             started = loop.time()
-            is_uploaded = await self._upload(outgoing, task.meta(message.attempt))
+            is_uploaded = await self._talk.upload(outgoing, task.meta(message.attempt))
             seconds += loop.time() - started
         # The verdict may overtake the acknowledgement of the last chunk.
         uploaded = outgoing.manifest.total_bytes if accepted or is_uploaded else 0
@@ -209,88 +230,22 @@ class Silo:
 
     async def aclose(self) -> None:
         """Stop listening; the channel stays open."""
-        heard, self._heard = self._heard, None
-        if heard is not None:
-            heard.cancel()
-            await asyncio.gather(heard, return_exceptions=True)
-
-    async def _upload(self, outgoing: Outgoing, meta: object) -> bool:
-        """Whether the update was sent whole. If not, the server says what comes next."""
-
-        async def send() -> bool:
-            await self._channel.send_tensors(outgoing, meta=meta)
-            return True
-
-        try:
-            return await self._unless_told(send()) is not None
-        except TransferError:
-            return False
-
-    async def _receive_weights(self, ticket: int) -> dict[str, NDArray[Any]] | None:
-        """The weights of a ticket; None if the server has something else to say first, or they fail."""
-        try:
-            return await self._unless_told(self._next_weights(ticket))
-        except TransferError:
-            return None
-
-    async def _next_weights(self, ticket: int) -> dict[str, NDArray[Any]]:
-        offered = self._offered
-        while not (mine := [one for one in offered if is_for(one.meta, ticket)]):
-            offered.append(await self._next_transfer())
-        # Weights come in the order of their tasks, though perhaps before a task was read.
-        while (transfer := offered.popleft()) is not mine[0]:
-            await turn_away(transfer, "it is for another task")
-        return await transfer.arrays("numpy")
-
-    async def _next_transfer(self) -> Transfer:
-        async with contextlib.aclosing(self._channel.incoming()) as transfers:
-            async for transfer in transfers:
-                return transfer
-        raise ServerLost("the server closed the connection before the weights came")
-
-    async def _unless_told(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """Do the work, but drop it, and return None, when a message comes first: that is then the next one."""
-        doing, heard = asyncio.create_task(work), self._listen()
-        try:
-            await asyncio.wait({doing, heard}, return_when=asyncio.FIRST_COMPLETED)
-            if heard.done() and heard.exception() is not None:
-                # The channel is over. What came whole before can still be received; all else fails by itself.
-                await asyncio.wait({doing})
-        finally:
-            doing.cancel()
-            await asyncio.gather(doing, return_exceptions=True)
-        if doing.cancelled():
-            return None
-        with _server_lost():
-            return doing.result()
-
-    def _listen(self) -> asyncio.Task[ServerMessage]:
-        if self._heard is None:
-            self._heard = asyncio.create_task(self._channel.recv(FROM_SERVER))
-        return self._heard
-
-    async def _peek(self) -> ServerMessage:
-        # Waiting, not awaiting: cancelling the caller must not cancel what others wait for as well.
-        heard = self._listen()
-        await asyncio.wait({heard})
-        with _server_lost():
-            return heard.result()
-
-    async def _next_message(self) -> ServerMessage:
-        message = await self._peek()
-        self._heard = None
-        return message
+        await self._talk.aclose()
 
 
 class RoundTask:
     """One round's work for this silo."""
 
-    def __init__(self, silo: Silo, task: Task, weights: dict[str, NDArray[Any]]) -> None:
+    def __init__(
+        self, silo: Silo, task: Task, weights: dict[str, NDArray[Any]], identity: str = ""
+    ) -> None:
         self.weights = weights
         """The global weights, the silo's own to change."""
         self.is_submitted = False
+        """Whether it has its answer: an update, or that there is none."""
         self._silo = silo
         self._task = task
+        self._identity = identity
 
     @property
     def round(self) -> int:
@@ -316,17 +271,43 @@ class RoundTask:
         It must not change until this returns: the server may ask for all of it again. `weight`: how much it
         counts, as a rule the number of training examples. `norm`, if known, is reported as it is.
 
-        Returns the verdict, also when the silo was late or the update was refused. Raises `aiordma.TensorError`
-        for an update that cannot be sent, `SettingError` for a weight, norm or metric that is no number, or more
-        than 256 metrics, all of which can be mended; and `ServerLost`. Cancelled, the upload is given up and the
-        update is no longer read; the silo can ask for the next task, and until it does, the server waits.
+        Returns the verdict, also when the silo was late or the update was refused, or when the server was lost and
+        there is a way back: the next task may then be this one again. A silo that keeps its updates (see `join`)
+        writes this one first, and raises `CheckpointError` if it cannot; that can be mended too. Raises
+        `aiordma.TensorError` for an update that cannot be sent, `SettingError` for a weight, norm or metric that is
+        no number, or more than 256 metrics, all of which can be mended; and `ServerLost`. Cancelled, the upload is
+        given up and the update is no longer read; the silo can ask for the next task, and until it does, the server
+        waits.
         """
-        if self.is_submitted:
-            raise FedError("this task's update was submitted already")
+        self._check_unanswered()
         outgoing = prepare(_in_order_of(self.weights, update))
-        await self._silo.say(_report(self._task.ticket, weight, norm, metrics or {}))
+        ready = _report(self._task.ticket, weight, norm, metrics or {})
+        await self._silo.keep(self._identity, update, ready)
+        return await self.hand_in(outgoing, ready)
+
+    async def hand_in(self, outgoing: Outgoing, ready: Ready) -> Report:
+        """What `submit` does with an update that is described and, if it is to be, kept."""
+        try:
+            await self._silo.say(ready)
+            self.is_submitted = True
+            return await self._silo.deliver(self._task, outgoing)
+        except ServerLost as exc:
+            if not self._silo.can_return:
+                raise
+            return Report(accepted=False, reason=str(exc), bytes=0, seconds=0.0)
+
+    async def decline(self, reason: str) -> None:
+        """Take no part in this round, and say why (as much as fits into 4096 characters).
+
+        For who looks at the weights and does not want them, say. The silo is asked again in the next round.
+        """
+        self._check_unanswered()
+        await self._silo.say(Decline(self._task.ticket, reason[:4096]))
         self.is_submitted = True
-        return await self._silo.deliver(self._task, outgoing)
+
+    def _check_unanswered(self) -> None:
+        if self.is_submitted:
+            raise FedError("this task's update was submitted already, or declined")
 
 
 def _in_order_of(
@@ -355,13 +336,3 @@ def _report(
         raise SettingError(
             f"weight, norm and metrics must be numbers by short names: {exc}"
         ) from exc
-
-
-@contextlib.contextmanager
-def _server_lost() -> Iterator[None]:
-    try:
-        yield
-    except ChannelError as exc:
-        raise ServerLost(f"the connection to the server is gone: {exc}") from exc
-    except MessageError as exc:
-        raise ServerLost(f"the server speaks another protocol: {exc}") from exc

@@ -37,6 +37,9 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item):
 
 def pytest_addoption(parser: pytest.Parser):
     parser.addoption("--softroce", action="store_true", help="run what boots virtual machines")
+    parser.addoption(
+        "--kills", type=int, default=2, help="runs whose processes are killed at random"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):

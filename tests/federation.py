@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import numpy as np
 
 import aiordma
 from aiordma import Channel, ChannelConfig
-from fedllm import History, Report, RoundResult, Server, Silo, join
+from fedllm import History, Report, RoundResult, RunConfig, Server, Silo, join
 from fedllm.messages import JOIN_ANSWER, Join, Welcome
 
 QUICK = ChannelConfig(slot_bytes=1 << 14, slots=4, close_timeout_s=1.0)
@@ -53,14 +54,27 @@ class Log:
         await self.until(lambda log: any(line in one for one in log.lines))
 
 
+def server_of(log: Log, *, weights: Weights | None = None, **options: Any) -> Server:
+    """A server with the settings and options that are given, by name, and the log's hooks."""
+    named = {field.name for field in fields(RunConfig)}
+    settings: dict[str, Any] = {"min_silos": 1, "rounds": 1, "farewell_s": DEADLINE_S}
+    settings |= {name: value for name, value in options.items() if name in named}
+    rest: dict[str, Any] = {
+        "fingerprint": FINGERPRINT,
+        "on_round": log.round,
+        "on_silo": log.silo,
+        "config": QUICK,
+    }
+    rest |= {name: value for name, value in options.items() if name not in named}
+    return Server(weights or weights_of(0), RunConfig(**settings), **rest)
+
+
 @asynccontextmanager
 async def running(
     log: Log, **options: Any
 ) -> AsyncIterator[tuple[tuple[str, int], asyncio.Task[History]]]:
     """A server that runs: its address, and the task that returns its history."""
-    options = {"min_silos": 1, "rounds": 1, "fingerprint": FINGERPRINT, **options}
-    options = {"on_round": log.round, "on_silo": log.silo, "config": QUICK, **options}
-    server = Server(weights_of(0), **options)
+    server = server_of(log, **options)
     async with server:
         address = await server.start()
         task = asyncio.ensure_future(server.run())
@@ -73,7 +87,7 @@ async def running(
 
 @asynccontextmanager
 async def joining(address: tuple[str, int], name: str, **options: Any) -> AsyncIterator[Silo]:
-    options = {"fingerprint": FINGERPRINT, "config": QUICK, **options}
+    options = {"fingerprint": FINGERPRINT, "config": QUICK, "backoff": None, **options}
     async with join(*address, name=name, **options) as silo:
         yield silo
 

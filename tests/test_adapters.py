@@ -1,88 +1,35 @@
-"""fedllm.adapters: names, order and bytes survive the way to numpy and back; fingerprints."""
+"""fedllm.adapters: names, order and bytes survive the way to numpy and back."""
 
-import copy
-import json
-import os
-import subprocess
-import sys
+import asyncio
 from pathlib import Path
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from peft import (
-    LoraConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
+import fedllm
 from fedllm.adapters import (
     AdapterError,
-    fingerprint,
     full_arrays,
     load_full,
     load_lora,
     lora_arrays,
     save_lora,
 )
-from fedllm.demo.model import train_tokenizer
+from tests.tiny_models import adapted, assert_same, logits, lora, snapshot, tiny_gpt2
 
 pytestmark = pytest.mark.filterwarnings(
     # peft 0.21 asks transformers 5 for an attribute by its old name
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )
-
-TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"]
-
-
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-    model = GPT2LMHeadModel(config)
-    model.eval()
-    return model
-
-
-def lora(**changes: Any) -> LoraConfig:
-    settings: dict[str, Any] = {
-        "r": 4,
-        "target_modules": ["c_attn", "c_fc"],
-        "fan_in_fan_out": True,
-        "task_type": "CAUSAL_LM",
-    }
-    return LoraConfig(**{**settings, **changes})
-
-
-def adapted(seed: int = 0, **changes: object) -> PeftModel:
-    """A LoRA model whose every factor is non-zero, so that each of them shows in the logits."""
-    model = get_peft_model(tiny_gpt2(), lora(**changes))
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter)
-    return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        result: torch.Tensor = model(input_ids=torch.arange(12).reshape(1, 12)).logits
-    return result
-
-
-def snapshot(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: array.copy() for name, array in arrays.items()}
-
-
-def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
-    assert list(left) == list(right)
-    for name in left:
-        assert left[name].dtype == right[name].dtype
-        np.testing.assert_array_equal(left[name], right[name])
-
 
 # LoRA
 
@@ -233,15 +180,50 @@ def test_full_arrays_are_views():
     assert (arrays["transformer.wte.weight"] == 3).all()
 
 
-def test_bfloat16_is_widened_exactly_and_comes_back_bit_by_bit():
+def test_bfloat16_is_a_view_and_comes_back_bit_by_bit():
     model = tiny_gpt2().bfloat16()
     arrays = full_arrays(model)
-    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
+    assert {array.dtype for array in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert not any(array.flags.owndata for array in arrays.values())
     other = tiny_gpt2(1).bfloat16()
     load_full(other, arrays)
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert left.dtype is right.dtype is torch.bfloat16
         assert torch.equal(left, right)
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(3)
+    assert (arrays["transformer.wte.weight"] == 3).all()
+
+
+def test_a_bfloat16_model_loads_global_weights_in_float32():
+    model, other = tiny_gpt2().bfloat16(), tiny_gpt2(1).bfloat16()
+    wide = {name: array.astype(np.float32) for name, array in full_arrays(model).items()}
+    load_full(other, wide)
+    assert_same(full_arrays(other), full_arrays(model))
+
+
+async def test_bfloat16_weights_go_over_a_channel_and_are_averaged():
+    first, second, model = (tiny_gpt2(seed).bfloat16() for seed in (1, 2, 3))
+    expected = {
+        name: ((left.float() + right.float()) / 2).bfloat16()
+        for (name, left), right in zip(first.named_parameters(), second.parameters(), strict=True)
+    }
+
+    async def silo(address: tuple[str, int], name: str, trained: nn.Module) -> None:
+        async with fedllm.join(*address, name=name, fingerprint={}) as member:
+            async for task in member.rounds():
+                await task.submit(full_arrays(trained), weight=1)
+
+    settings = fedllm.RunConfig(min_silos=2, rounds=1)
+    server = fedllm.Server(full_arrays(model), settings, fingerprint={})
+    async with server:
+        address = await server.start()
+        _, _, history = await asyncio.gather(
+            silo(address, "a", first), silo(address, "b", second), server.run()
+        )
+    load_full(model, history.weights)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name])
 
 
 def test_what_numpy_cannot_hold_is_named():
@@ -251,142 +233,7 @@ def test_what_numpy_cannot_hold_is_named():
         full_arrays(module)
 
 
-# Fingerprints
-
-FINGERPRINT_PROGRAM = """
-import json, sys, warnings
-warnings.simplefilter("ignore")
-sys.path[:0] = {path!r}
-from test_adapters import TEXTS, fingerprint, lora, tiny_gpt2, train_tokenizer
-config = lora(target_modules=["c_attn", "c_fc", "c_proj", "wte", "wpe", "lm_head"])
-print(json.dumps(fingerprint(tiny_gpt2(), train_tokenizer(TEXTS, 300), config)))
-"""
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS, 300)
-
-
-@pytest.mark.slow
-def test_fresh_processes_agree(tokenizer):
-    here = Path(__file__).parent
-    program = FINGERPRINT_PROGRAM.format(path=[str(here), str(here.parent)])
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        )
-        for seed in ("1", "2")
-    ]
-    outputs = [child.communicate(timeout=50)[0] for child in children]
-    assert outputs[0] == outputs[1]
-    config = lora(target_modules=["lm_head", "wpe", "wte", "c_proj", "c_fc", "c_attn"])
-    assert json.loads(outputs[0]) == fingerprint(tiny_gpt2(), tokenizer, config)
-
-
-def test_an_attached_adapter_does_not_change_the_base(tokenizer):
-    plain = fingerprint(tiny_gpt2(), tokenizer, lora())
-    model = adapted(target_modules=["wte", "c_attn", "c_proj", "c_fc"])
-    assert fingerprint(model, tokenizer, lora())["weights"] == plain["weights"]
-
-
-def flip_one_bit(model: GPT2LMHeadModel) -> None:
-    bias = model.get_parameter("transformer.h.1.mlp.c_proj.bias").detach().numpy()
-    bias.view(np.uint32)[3] ^= 1
-
-
-def swap_two_biases(model: GPT2LMHeadModel) -> None:
-    first, second = (model.get_parameter(f"transformer.h.{n}.ln_1.bias") for n in (0, 1))
-    second.data, first.data = first.data.clone(), second.data.clone()
-
-
-@pytest.mark.parametrize(
-    "change", [flip_one_bit, swap_two_biases, lambda model: model.half()], ids=str
-)
-def test_any_change_of_the_weights_shows(tokenizer, change):
-    model = tiny_gpt2()
-    nn.init.ones_(model.get_parameter("transformer.h.0.ln_1.bias"))
-    before = fingerprint(model, tokenizer, None)
-    change(model)
-    after = fingerprint(model, tokenizer, None)
-    assert after["weights"] != before["weights"]
-    assert after["tokenizer"] == before["tokenizer"]
-    assert after["adapter"] == before["adapter"]
-
-
-def test_names_and_shapes_are_part_of_the_weights(tokenizer):
-    def holder(**parameters: torch.Tensor) -> nn.Module:
-        module = nn.Module()
-        for name, value in parameters.items():
-            module.register_parameter(name, nn.Parameter(value))
-        return module
-
-    digests = {
-        fingerprint(module, tokenizer, None)["weights"]
-        for module in (
-            holder(a=torch.zeros(6), b=torch.ones(2)),
-            holder(a=torch.zeros(2, 3), b=torch.ones(2)),
-            holder(a=torch.zeros(6), c=torch.ones(2)),
-            holder(a=torch.zeros(5), b=torch.ones(2)),
-        )
-    }
-    assert len(digests) == 4
-
-
-def test_order_of_definition_is_no_part_of_the_weights(tokenizer):
-    def holder(*names: str) -> nn.Module:
-        module = nn.Module()
-        for name in names:
-            module.register_parameter(name, nn.Parameter(torch.full((2,), float(ord(name)))))
-        return module
-
-    prints = [fingerprint(holder(*names), tokenizer, None) for names in ("ab", "ba")]
-    assert prints[0] == prints[1]
-
-
-def test_another_tokenizer_shows(tokenizer):
-    model = tiny_gpt2()
-    before = fingerprint(model, tokenizer, None)
-    other = train_tokenizer([TEXTS[1]], 280)
-    assert fingerprint(model, other, None)["tokenizer"] != before["tokenizer"]
-    special = copy.deepcopy(tokenizer)
-    special.add_special_tokens({"pad_token": "<pad>"})
-    assert fingerprint(model, special, None)["tokenizer"] != before["tokenizer"]
-
-
-def test_what_a_tokenizer_did_last_does_not_show(tokenizer):
-    model = tiny_gpt2()
-    used = copy.deepcopy(tokenizer)
-    before = fingerprint(model, used, None)
-    used(TEXTS[0], truncation=True, max_length=4)
-    assert fingerprint(model, used, None) == before
-
-
-@pytest.mark.parametrize(
-    "changes", [{"r": 8}, {"lora_alpha": 3}, {"target_modules": ["c_attn"]}, {"use_rslora": True}]
-)
-def test_any_setting_of_the_adapter_shows(tokenizer, changes):
-    model = tiny_gpt2()
-    digests = {
-        fingerprint(model, tokenizer, config)["adapter"] for config in (lora(), lora(**changes))
-    }
-    assert len(digests) == 2
-
-
-def test_paths_and_the_order_of_targets_do_not_show(tokenizer):
-    model = tiny_gpt2()
-    here = lora(target_modules=["c_fc", "c_attn"])
-    here.base_model_name_or_path = "another/place"
-    here.inference_mode = True
-    assert fingerprint(model, tokenizer, here) == fingerprint(model, tokenizer, lora())
-
-
-def test_no_adapter_is_not_some_adapter(tokenizer):
-    model = tiny_gpt2()
-    assert (
-        fingerprint(model, tokenizer, None)["adapter"]
-        != fingerprint(model, tokenizer, lora())["adapter"]
-    )
+def test_an_adapter_that_peft_computes_anew_is_refused():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(AdapterError, match=r"PROMPT_TUNING adapter is no parameter .*: use LoRA"):
+        lora_arrays(get_peft_model(tiny_gpt2(), config))

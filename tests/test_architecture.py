@@ -93,7 +93,8 @@ ROOMS: Mapping[str, str] = {
     " aiordma.lanes.verbs aiordma.doctor aiordma.doctor.*",
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
-    " fedllm.participation fedllm.rounds fedllm.server fedllm.silo",
+    " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
+    " fedllm.server fedllm.silo fedllm.joining fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -102,13 +103,23 @@ ROOMS: Mapping[str, str] = {
     "fedllm.staged": f"aiordma {BELOW_STRATEGY}",
     "fedllm.aligned": f"aiordma {BELOW_STRATEGY}",
     "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
+    "fedllm.threads": "",
     "fedllm.adapters": "fedllm.errors",
+    "fedllm.trainers": "fedllm.threads",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
-    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
+    "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds",
+    "fedllm.history": "fedllm.participation fedllm.rounds",
+    "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
     "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
-    " fedllm.checkpoint",
+    " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint",
+    "fedllm.backoff": "fedllm.errors fedllm.config",
+    "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
+    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
+    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation",
+    "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
+    " fedllm.silo",
     "fedllm.demo": "",
     "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",
@@ -119,7 +130,7 @@ GUESTS: Mapping[str, str] = {
     "pyverbs": "aiordma.lanes.verbs*",
     "torch": "fedllm.adapters fedllm.demo.*",
     "peft": "fedllm.adapters fedllm.demo.*",
-    "transformers": "fedllm.adapters fedllm.demo.*",
+    "transformers": "fedllm.adapters fedllm.trainers fedllm.demo.*",
     "pickle": "",
 }
 LAZY_GUESTS = {("aiordma.tensors", "torch")}

@@ -60,6 +60,20 @@ def test_the_federated_example_does_without_torch():
     assert errors[-1] < 0.01 < errors[0]
 
 
+def test_the_fine_tuning_example_shares_its_body_alone_and_refuses_the_broken_round():
+    lines = run("examples/finetune.py").splitlines()
+    assert lines[0] == "the server sees body.weight, body.bias"
+    assert [line[:24] for line in lines[1:-2]] == ["round 5: north refuses: "]
+    assert all(float(line.rpartition(" ")[2]) < 0.01 for line in lines[-2:])
+
+
+@pytest.mark.parametrize("name", ["trainer", "accelerated"])
+def test_the_loss_falls_round_by_round(name: str):
+    losses = [float(line.rpartition(" ")[2]) for line in run(f"examples/{name}.py").splitlines()]
+    assert len(losses) == 3
+    assert losses[0] > losses[1] + 0.5 > losses[2] + 0.5
+
+
 def test_every_command_of_the_readme_is_a_target_of_the_makefile():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     named = re.findall(r"\bmake ([a-z-]+)", README)

@@ -62,7 +62,13 @@ AIORDMA = {
 FEDLLM = {
     "Aggregation",
     "Aligned",
+    "Backoff",
+    "CheckpointError",
+    "Checkpoints",
     "Contribution",
+    "EarlyStop",
+    "Evaluation",
+    "EvaluationTask",
     "FedAvg",
     "FedError",
     "History",
@@ -92,6 +98,8 @@ FEDLLM = {
     "WeightsError",
     "exchange",
     "join",
+    "run_evaluation",
+    "run_in_thread",
     "run_round",
 }
 

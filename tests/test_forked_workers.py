@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from aiordma import Channel, ChannelConfig, ChannelError
-from fedllm import History, RoundResult, Server, Status
+from fedllm import History, RoundResult, RunConfig, Server, Status
 from tests.harness import cancel, program, until
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -45,7 +45,9 @@ def fit(weights):
 
 async def take_part():
     config = aiordma.ChannelConfig(close_timeout_s=close_timeout_s)
-    joining = fedllm.join("127.0.0.1", port, name="forks", fingerprint={}, config=config)
+    joining = fedllm.join(
+        "127.0.0.1", port, name="forks", fingerprint={}, config=config, backoff=None
+    )
     async with asyncio.timeout(None) as ending:
         async with joining as silo:
             try:
@@ -114,16 +116,15 @@ async def test_a_channel_ends_though_forked_workers_hold_its_sockets(
 
     def on_round(result: RoundResult) -> None:
         results.append(result)
-        if result.round == 2:
-            channels.append(server._members["forks"].channel)
-            if breaks:  # what no server says, so that the silo ends the channel without a word
-                channels[0]._link._control.write(b"\xff" * 64)
+        if result.round == 1:
+            channels.append(server._members.free()["forks"])
+        elif breaks:  # what no server says, so that the silo ends the channel without a word
+            channels[0]._link._control.write(b"\xff" * 64)
 
     server = Server(
         {"w": np.zeros(3, np.float32)},
+        RunConfig(min_silos=1, rounds=rounds, farewell_s=0.1),
         fingerprint={},
-        min_silos=1,
-        rounds=rounds,
         on_round=on_round,
         config=CONFIG,
     )

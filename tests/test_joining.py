@@ -72,7 +72,7 @@ async def test_a_peer_that_says_nothing_times_out_alone():
     async with running(log, join_timeout_s=DEADLINE_S) as (address, run):
         async with aiordma.connect(*address, config=QUICK) as silent:
             answer = await silent.recv(JOIN_ANSWER)
-            assert answer == Refused("it did not say who it is within 0.3 s")
+            assert answer == Refused("it did not say who it is within 0.3 s", is_final=False)
             with pytest.raises(aiordma.ChannelClosed):
                 await silent.recv()
             await take_part(address, "a", 1)

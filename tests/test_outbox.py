@@ -110,7 +110,7 @@ class Conversation(RuleBasedStateMachine):
             self.queue.append(frame)
             self.deliver(frame)
         assert self.outbox.last_id >= (self.queue[-1].work_id if self.queue else 0)
-        if self.outbox._quiet:
+        if self.outbox._special:
             assert self.is_due
         elif not goes_on:
             assert not self.outbox._waiting

@@ -96,7 +96,12 @@ async def test_who_is_late_is_told_and_takes_part_in_the_next_round():
         servers = ends[0]
         act = asyncio.ensure_future(takes_part(A)(ends[1]["a"]))
         result = await run_round(
-            servers, WEIGHTS, round=1, strategy=strategy(), min_silos=1, deadline_s=DEADLINE_S
+            servers,
+            WEIGHTS,
+            round=1,
+            strategy=strategy(),
+            min_silos=1,
+            train_deadline_s=DEADLINE_S,
         )
         assert (await act).accepted
         assert bits(result.weights) == bits(A)
@@ -127,7 +132,7 @@ async def test_who_does_not_upload_in_time_is_late():
         await be_asked(channel)
         return await channel.recv(FROM_SERVER)
 
-    result, seen = await play({"a": takes_part(A), "c": stall}, deadline_s=DEADLINE_S)
+    result, seen = await play({"a": takes_part(A), "c": stall}, upload_deadline_s=DEADLINE_S)
     assert bits(result.weights) == bits(A)
     outcome = result.outcomes["c"]
     assert (outcome.status, outcome.is_busy) == (Status.LATE, False)
@@ -172,7 +177,7 @@ async def test_a_quorum_that_breaks_during_the_upload_changes_nothing():
 async def test_a_round_without_silos_has_no_quorum():
     with pytest.raises(QuorumNotReached, match="0 of 0 silos"):
         await run_round({}, WEIGHTS, round=1, strategy=strategy(), min_silos=1)
-    wrong: tuple[dict[str, Any], ...] = ({"min_silos": 0}, {"min_silos": 1, "deadline_s": 0})
+    wrong: tuple[dict[str, Any], ...] = ({"min_silos": 0}, {"min_silos": 1, "upload_deadline_s": 0})
     for options in wrong:
         with pytest.raises(SettingError):
             await run_round({}, WEIGHTS, round=1, strategy=strategy(), **options)
@@ -246,7 +251,7 @@ async def test_who_cannot_be_told_counts_for_no_quorum(monkeypatch: pytest.Monke
                 {"a": good, "b": bad, "deaf": read_nothing},
                 ends=ends,
                 min_silos=2,
-                deadline_s=DEADLINE_S,
+                train_deadline_s=DEADLINE_S,
             )
     assert info.value.outcomes["deaf"].status is Status.LATE
     assert isinstance(info.value.outcomes["deaf"].error, TimeoutError)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from fedllm import (
+    EarlyStop,
     FedError,
     QuorumNotReached,
     RoundResult,
+    RunConfig,
     RunFailed,
     Server,
     ServerLost,
@@ -66,7 +68,7 @@ async def test_who_was_late_is_left_out_until_it_has_caught_up():
             gate.set()
             await log.has("slow caught up")
 
-    options = {"rounds": 3, "expect": 2, "deadline_s": DEADLINE_S, "on_round": on_round}
+    options = {"rounds": 3, "expect": 2, "train_deadline_s": DEADLINE_S, "on_round": on_round}
     async with running(log, **options) as (address, run):
         slow = asyncio.ensure_future(take_part(address, "slow", 1, gate=gate))
         await asyncio.gather(slow, take_part(address, "quick", 1), run)
@@ -85,7 +87,7 @@ async def test_who_was_late_is_left_out_until_it_has_caught_up():
 
 async def test_who_is_late_at_the_end_hears_that_the_run_is_over():
     log, gate = Log(), asyncio.Event()
-    async with running(log, expect=2, deadline_s=DEADLINE_S) as (address, run):
+    async with running(log, expect=2, train_deadline_s=DEADLINE_S) as (address, run):
         slow = asyncio.ensure_future(take_part(address, "slow", 1, gate=gate))
         await asyncio.gather(take_part(address, "quick", 1), run)
         gate.set()
@@ -144,7 +146,7 @@ async def test_a_run_whose_silos_stay_away_fails_and_says_so():
 
 async def test_a_run_whose_silos_are_all_late_fails_and_says_so():
     gate = asyncio.Event()
-    async with running(Log(), deadline_s=DEADLINE_S) as (address, run):
+    async with running(Log(), train_deadline_s=DEADLINE_S) as (address, run):
         slow = asyncio.ensure_future(take_part(address, "slow", 1, gate=gate))
         with pytest.raises(QuorumNotReached, match="0 of 1 silos are left") as info:
             await run
@@ -160,16 +162,26 @@ async def test_settings_that_cannot_work_are_refused_at_once():
         {"rounds": 0},
         {"rounds": True},
         {"min_silos": 3, "expect": 2},
-        {"deadline_s": -1},
+        {"train_deadline_s": -1},
+        {"upload_deadline_s": 0},
+        {"fraction": 0},
+        {"fraction": 1.5},
+        {"evaluate_every": 0},
+        {"seed": -1},
+        {"farewell_s": 0},
         {"absence_timeout_s": float("inf")},
         {"join_timeout_s": 0},
     )
     for options in wrong:
         with pytest.raises(SettingError, match=next(reversed(options))):
-            Server(weights_of(0), **{"fingerprint": {}, "min_silos": 1, "rounds": 1, **options})
+            RunConfig(**{"min_silos": 1, "rounds": 1, **options})
+    for stop in ({"patience": 0}, {"patience": 1, "min_change": -1.0}):
+        with pytest.raises(SettingError, match=next(reversed(stop))):
+            EarlyStop(metric="loss", **stop)
+    settings = RunConfig(min_silos=1, rounds=1)
     with pytest.raises(WeightsError, match="'step'"):
-        Server({"step": np.zeros(1, np.int64)}, fingerprint={}, min_silos=1, rounds=1)
-    server = Server(weights_of(0), fingerprint={}, min_silos=1, rounds=1)
+        Server({"step": np.zeros(1, np.int64)}, settings, fingerprint={})
+    server = Server(weights_of(0), settings, fingerprint={})
     with pytest.raises(FedError, match="start"):
         _ = server.address
     async with server:

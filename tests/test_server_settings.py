@@ -11,6 +11,7 @@ from fedllm import (
     FedAvg,
     QuorumNotReached,
     RoundResult,
+    RunConfig,
     RunFailed,
     Server,
     SettingError,
@@ -24,8 +25,10 @@ FINGERPRINT = {"weights": "1"}
 WEIGHTS = {"w": np.zeros(3, np.float32)}
 
 
-def server(weights: Any = WEIGHTS, **options: Any) -> Server:
-    return Server(weights, **{"fingerprint": FINGERPRINT, "min_silos": 1, "rounds": 1, **options})
+def server(weights: Any = WEIGHTS, *, rounds: int = 1, **options: Any) -> Server:
+    return Server(
+        weights, RunConfig(min_silos=1, rounds=rounds), **{"fingerprint": FINGERPRINT, **options}
+    )
 
 
 @pytest.mark.parametrize(

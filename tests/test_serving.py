@@ -1,6 +1,8 @@
 """`python -m fedllm serve`: what it finds wrong before it loads torch, and what it leaves when a run ends early."""
 
 import asyncio
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fedllm
+from fedllm import EvaluationTask
 from fedllm.__main__ import main
 from fedllm.adapters import full_arrays
-from fedllm.checkpoint import load_checkpoint
+from fedllm.checkpoint import Checkpoints
 from fedllm.demo import arguments
-from fedllm.demo.events import Event, Listening, RoundDone, Wrote
-from fedllm.demo.joining import _assignment
+from fedllm.demo.events import Event, Listening, RoundDone, Said, Wrote
+from fedllm.demo.joining import JoinOptions, _assignment, _Silo
 from fedllm.demo.learner import Learner, prepare_learner
 from fedllm.demo.model import Base, load_base, train_tokenizer
 from fedllm.demo.serving import ServeOptions, _serve
@@ -71,6 +74,21 @@ def test_what_cannot_work_is_told_before_torch_is_loaded(words: list[str], compl
     assert complaint in child.stderr
 
 
+async def test_a_silo_judges_by_text_that_it_holds_out(learner: Learner, tmp_path: Path):
+    tokens = np.arange(100, dtype=np.int64) % 50
+    told = JoinOptions(
+        host="", port=0, name="a", base="", mode="full", text="", threads=1, out=None, keep=None,
+        retry=1.0,
+    )  # fmt: skip
+    silo = _Silo(told, learner, tokens[:0], tokens, lambda event: None)
+    recipe = {"steps": 1, "batch": 1, "block_tokens": 10, "learning_rate": 1.0}
+    weights = {name: np.zeros_like(array) for name, array in learner.arrays().items()}
+    asked = EvaluationTask(round=1, arguments={"recipe": recipe, "seed": 0}, weights=weights)
+    judged_tokens, metrics = await silo._evaluate(asked)
+    assert judged_tokens == 10 * (10 - 1)
+    assert metrics["loss"] == pytest.approx(math.log(learner.base.model.config.vocab_size))
+
+
 # A run that ends early
 
 
@@ -85,16 +103,18 @@ def learner() -> Learner:
     return prepare_learner(Base(GPT2LMHeadModel(config), tokenizer), "full", seed=0)
 
 
-def options(out: Path) -> ServeOptions:
+def options(out: Path, *, resume: bool = False) -> ServeOptions:
     return ServeOptions(
         base="", mode="full", out=out, host="127.0.0.1", port=0, insecure=False, rounds=3,
-        min_silos=1, deadline=None, steps=1, batch=1, lr=1e-3, seed=0,
+        min_silos=1, fraction=1.0, train_deadline=None, upload_deadline=None, absence_timeout=None,
+        evaluate_every=None, patience=None, resume=resume, keep=2, steps=1, batch=1, lr=1e-3, seed=0,
     )  # fmt: skip
 
 
 async def add_one(address: tuple[str, int], learner: Learner, rounds: int) -> None:
     """A silo that adds 1 to all weights in so many rounds, and then has nothing to give."""
-    async with fedllm.join(*address, name="a", fingerprint=learner.fingerprint) as silo:
+    joining = fedllm.join(*address, name="a", fingerprint=learner.fingerprint, backoff=None)
+    async with joining as silo:
         async for task in silo.rounds():
             if task.round <= rounds:
                 update = {name: array + np.float32(1) for name, array in task.weights.items()}
@@ -104,9 +124,10 @@ async def add_one(address: tuple[str, int], learner: Learner, rounds: int) -> No
 class Stage:
     """Hears what `serve` reports, and lets one silo take part."""
 
-    def __init__(self, learner: Learner, out: Path, *, rounds: int) -> None:
+    def __init__(self, learner: Learner, out: Path, *, rounds: int, resume: bool = False) -> None:
         self.heard: list[Event] = []
-        self.serving = asyncio.ensure_future(_serve(options(out), learner, self.hear))
+        told = options(out, resume=resume)
+        self.serving = asyncio.ensure_future(_serve(told, learner, self.hear))
         self.silo: asyncio.Future[None] | None = None
         self._learner = learner
         self._rounds = rounds
@@ -158,10 +179,33 @@ async def test_each_round_is_saved_as_it_ends(learner: Learner, tmp_path: Path):
     before = {name: array.copy() for name, array in learner.arrays().items()}
     stage = Stage(learner, tmp_path, rounds=3)
     await stage.is_round_done.wait()
-    weights, state = load_checkpoint(tmp_path, "checkpoint")
-    assert state == {"round": 1, "mode": "full", "fingerprint": learner.fingerprint}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.rounds() == [0, 1]
+    weights, _ = checkpoints.load(1, before)
     for name, array in weights.items():
         np.testing.assert_array_equal(array, before[name] + np.float32(1))
     assert await stage.end() is None
-    assert load_checkpoint(tmp_path, "checkpoint")[1]["round"] == 3
+    assert checkpoints.rounds() == [2, 3]
     assert stage.heard[-1] == Wrote("the federated model", str(tmp_path / "federated"))
+
+
+async def test_a_run_is_resumed_if_that_is_asked_and_never_mixed_with_another(
+    learner: Learner, tmp_path: Path
+):
+    before = {name: array.copy() for name, array in learner.arrays().items()}
+    stage = Stage(learner, tmp_path, rounds=2)
+    assert isinstance(await stage.end(), fedllm.QuorumNotReached)
+    learner.load(before)
+    stage = Stage(learner, tmp_path, rounds=3)
+    error = await stage.end()
+    assert isinstance(error, fedllm.CheckpointError)
+    assert "holds round 2 of an earlier run: resume it (--resume), or give" in str(error)
+    assert not any(isinstance(event, Listening) for event in stage.heard)
+    stage = Stage(learner, tmp_path, rounds=3, resume=True)
+    assert await stage.end() is None
+    assert stage.heard[0] == Said("2 of 3 rounds are done")
+    assert stage.heard[-1] == Wrote("the federated model", str(tmp_path / "federated"))
+    for name, array in full_arrays(load_base(str(tmp_path / "federated")).model).items():
+        np.testing.assert_allclose(array, before[name] + 3, rtol=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3]

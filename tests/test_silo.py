@@ -64,6 +64,32 @@ async def test_a_task_that_is_passed_over_is_declined():
     assert "declined: no update was submitted" in outcome.reason
 
 
+async def test_a_silo_may_decline_a_round_and_say_why():
+    log = Log()
+    async with running(log, rounds=2, min_silos=1, expect=2) as (address, run):
+
+        async def decline_the_first() -> list[bool]:
+            accepted = []
+            async with joining(address, "picky") as silo:
+                async for task in silo.rounds():
+                    if task.round == 1:
+                        await task.decline("these weights are worse than mine" + "!" * 9000)
+                        with pytest.raises(FedError, match="already, or declined"):
+                            await task.decline("again")
+                        with pytest.raises(FedError, match="already, or declined"):
+                            await task.submit(task.weights, weight=1)
+                    else:
+                        accepted.append((await task.submit(task.weights, weight=1)).accepted)
+            return accepted
+
+        picky, _, _ = await asyncio.gather(decline_the_first(), take_part(address, "a", 1), run)
+    assert picky == [True]
+    outcome = log.rounds[0].outcomes["picky"]
+    assert outcome.status is Status.REFUSED
+    assert "the silo declined: these weights are worse than mine!!" in outcome.reason
+    assert not outcome.is_busy
+
+
 async def test_a_task_that_was_left_is_declined_by_who_asks_for_rounds_anew():
     log = Log()
     async with running(log, rounds=2, min_silos=1, expect=2) as (address, run):

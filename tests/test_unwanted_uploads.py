@@ -16,6 +16,7 @@ from fedllm import (
     QuorumNotReached,
     Report,
     RoundResult,
+    RunConfig,
     Server,
     Silo,
     Status,
@@ -202,7 +203,7 @@ async def test_a_late_update_is_out_before_the_others_are_folded():
     executor = SlowToHear()
     async with acting(a=take_part, c=add_at_the_last_moment) as (servers, acts):
         asyncio.get_running_loop().set_default_executor(executor)
-        result = await a_round(servers, deadline_s=DEADLINE_S)
+        result = await a_round(servers, upload_deadline_s=DEADLINE_S)
         assert not (await acts[1]).accepted
     assert executor.held == 1
     assert result.outcomes["c"].status is Status.LATE
@@ -246,9 +247,15 @@ async def test_an_answer_to_an_earlier_task_is_not_the_one_that_was_late():
                 await channel.ping()
             slow_is_heard.set()
 
-    options: dict[str, Any] = {"min_silos": 1, "expect": 2, "rounds": 2, "deadline_s": DEADLINE_S}
+    settings = RunConfig(
+        min_silos=1,
+        expect=2,
+        rounds=2,
+        train_deadline_s=DEADLINE_S,
+        upload_deadline_s=DEADLINE_S,
+    )
     async with Server(
-        WEIGHTS, fingerprint=fingerprint, on_round=on_round, on_silo=on_silo, **options
+        WEIGHTS, settings, fingerprint=fingerprint, on_round=on_round, on_silo=on_silo
     ) as server:
         address = await server.start()
         async with asyncio.timeout(AT_ONCE_S):

@@ -135,10 +135,9 @@ class Outbox:
         self._free_stages = list(range(sources.stages.slots))
         self._credits = 0
         self._credit_frames = 0
-        self._special: deque[Frame] = deque()
-        self._quiet: deque[WindowWork] = deque()
-        """Handed out only while nothing is under way: soft-RoCE, when it sends again what was lost, repeats what was
-        bound behind it, which fails, and then waits for ever."""
+        self._special: deque[Frame | WindowWork] = deque()
+        """The work on windows comes first, and goes out only while nothing is under way: soft-RoCE, when it sends
+        again what was lost, repeats what was bound behind it, which fails, and then waits for ever."""
         self._aims: dict[int, WindowHeader] = {}
         self._invalidated: list[Window] = []
         self._waiting: deque[_Chunk] = deque()
@@ -203,7 +202,7 @@ class Outbox:
         """Bind a window and tell the peer of it with the next batch."""
         cell = WINDOW_CELLS + header.number
         frame = frames.encode_window(header, self._count())
-        self._quiet.append(WindowWork(0, window, is_bind=True, is_signalled=False))
+        self._special.appendleft(WindowWork(0, window, is_bind=True, is_signalled=False))
         self._special.append(
             Frame(0, (), 0, frame, cell, Kind.WINDOW << 16 | cell, is_signalled=False)
         )
@@ -215,7 +214,7 @@ class Outbox:
 
     def invalidate(self, window: Window) -> None:
         """Let nothing more through; `take_invalidated` has it when that is so."""
-        self._quiet.append(WindowWork(0, window, is_bind=False, is_signalled=True))
+        self._special.appendleft(WindowWork(0, window, is_bind=False, is_signalled=True))
         self._free -= 1
 
     def take_invalidated(self) -> list[Window]:
@@ -241,7 +240,6 @@ class Outbox:
     def end(self) -> None:
         """The END is for the next batch, and nothing else comes with it, or after it."""
         self.drop()
-        self._quiet.clear()
         self._special.clear()
         self._credits = 0
         self._special.append(Frame(0, (), 0, b"", 0, Kind.END << 16, is_signalled=True))
@@ -253,11 +251,9 @@ class Outbox:
         `goes_on`: more chunks come at once, with another batch.
         """
         self.waiting_bytes = 0
-        if self._quiet and self._posted:
+        if self._posted and self._special and isinstance(self._special[0], WindowWork):
             return self._marker() if self._completions.asked_id < self.last_id else []
         batch: list[Frame | WindowWork] = []
-        while self._quiet:
-            batch.append(self._hand_out(self._quiet.popleft(), None))
         while self._special:
             batch.append(self._hand_out(self._special.popleft(), None))
         if self._may_credit:

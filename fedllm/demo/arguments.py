@@ -53,6 +53,11 @@ def seed(text: str) -> int:
 
 def rate(text: str) -> float:
     """A learning rate above 0 and at most 1: what a silo accepts."""
+    return share(text)
+
+
+def share(text: str) -> float:
+    """A part: above 0, and at most 1."""
     number = float(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")

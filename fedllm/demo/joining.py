@@ -9,15 +9,26 @@ from pathlib import Path
 import msgspec
 import torch
 
-from fedllm import join
+from fedllm import Backoff, EvaluationTask, join
 from fedllm.adapters import Arrays
 from fedllm.demo.events import Report, Said, Step, Wrote
 from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
 from fedllm.demo.text import read_split
-from fedllm.demo.training import Assignment, Tokens, encode, round_seed, train
+from fedllm.demo.training import (
+    LONGEST_WINDOW_TOKENS,
+    Assignment,
+    Tokens,
+    encode,
+    judge,
+    round_seed,
+    train,
+)
 from fedllm.errors import FedError
+
+MAX_JUDGED_TOKENS = 24_576
+"""Of held-out text that an evaluation takes, like the demo's last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,8 @@ class JoinOptions:
     text: str
     threads: int
     out: Path | None
+    keep: Path | None
+    retry: float
 
 
 def take_part(options: JoinOptions, report: Report) -> None:
@@ -43,10 +56,12 @@ def take_part(options: JoinOptions, report: Report) -> None:
     silence()
     torch.set_num_threads(options.threads)
     base = load_base(options.base)
-    tokens = encode(base.tokenizer, read_split(options.text).training)
+    text = read_split(options.text)
+    tokens = encode(base.tokenizer, text.training)
+    held_out = encode(base.tokenizer, text.held_out)
     report(Said(f"{len(tokens):,} tokens to train on"))
     learner = prepare_learner(base, options.mode, seed=0)  # the server's weights replace these
-    final = run_interruptibly(_Silo(options, learner, tokens, report).take_part())
+    final = run_interruptibly(_Silo(options, learner, tokens, held_out, report).take_part())
     if options.out is not None and final is not None:
         learner.load(final)
         learner.save(options.out)
@@ -55,20 +70,33 @@ def take_part(options: JoinOptions, report: Report) -> None:
 
 class _Silo:
     def __init__(
-        self, options: JoinOptions, learner: Learner, tokens: Tokens, report: Report
+        self,
+        options: JoinOptions,
+        learner: Learner,
+        tokens: Tokens,
+        held_out: Tokens,
+        report: Report,
     ) -> None:
         self._options = options
         self._learner = learner
         self._tokens = tokens
+        self._held_out = held_out
         self._report = report
 
     async def take_part(self) -> Arrays | None:
         """Every round until the run is over; the final weights, if the server sent them."""
         options, learner = self._options, self._learner
         async with join(
-            options.host, options.port, name=options.name, fingerprint=learner.fingerprint
+            options.host,
+            options.port,
+            name=options.name,
+            fingerprint=learner.fingerprint,
+            backoff=Backoff(patience_s=options.retry),
+            keep=options.keep,
+            on_event=lambda what: self._report(Said(what)),
         ) as silo:
-            async for task in silo.rounds():
+            can_judge = len(self._held_out) >= LONGEST_WINDOW_TOKENS
+            async for task in silo.rounds(self._evaluate if can_judge else None):
                 assignment = _assignment(task.arguments)
                 learner.load(task.weights)
                 loss = await self._train(task.round, assignment)
@@ -80,6 +108,18 @@ class _Silo:
                 if not verdict.accepted:
                     self._report(Said(f"not taken in round {task.round}: {verdict.reason}"))
             return silo.final
+
+    async def _evaluate(self, task: EvaluationTask) -> tuple[float, dict[str, float]]:
+        """The loss on held-out text, in nats a token."""
+        self._learner.load(task.weights)
+        judgement = await asyncio.to_thread(
+            judge,
+            self._learner.model,
+            self._held_out,
+            block_tokens=_assignment(task.arguments).recipe.block_tokens,
+            limit_tokens=MAX_JUDGED_TOKENS,
+        )
+        return judgement.tokens, {"loss": judgement.nats / judgement.tokens}
 
     async def _train(self, round: int, assignment: Assignment) -> float:
         stop = threading.Event()

@@ -1,14 +1,12 @@
 """`python -m fedllm serve`: average what silos train, round by round, and write the result."""
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from aiordma import ChannelError
-from fedllm import History, RoundResult, Server
-from fedllm.checkpoint import save_checkpoint
+from fedllm import Checkpoints, EarlyStop, Evaluation, RoundResult, RunConfig, Server
 from fedllm.demo.events import Listening, Report, RoundDone, Said, SiloRow, Wrote
 from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
@@ -18,7 +16,7 @@ from fedllm.demo.training import Assignment, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What `serve` is told; `deadline` in seconds."""
+    """What `serve` is told; deadlines and timeouts in seconds."""
 
     base: str
     mode: Mode
@@ -28,7 +26,14 @@ class ServeOptions:
     insecure: bool
     rounds: int
     min_silos: int
-    deadline: float | None
+    fraction: float
+    train_deadline: float | None
+    upload_deadline: float | None
+    absence_timeout: float | None
+    evaluate_every: int | None
+    patience: int | None
+    resume: bool
+    keep: int
     steps: int
     batch: int
     lr: float
@@ -39,7 +44,7 @@ def serve(options: ServeOptions, report: Report) -> None:
     """Serve a run, and write the averaged adapter (or model) to `out/federated` when it ends.
 
     Also when it ends early, by SIGINT, SIGTERM or an error, if a round had succeeded. As each
-    round ends, `out/metrics.jsonl` gets a line, and the weights are saved as `out/checkpoint.json`.
+    round ends, the weights are saved in `out/checkpoints`, and `out/metrics.jsonl` gets a line.
     """
     silence()
     learner = prepare_learner(load_base(options.base), options.mode, seed=options.seed)
@@ -49,11 +54,8 @@ def serve(options: ServeOptions, report: Report) -> None:
 
 async def _serve(options: ServeOptions, learner: Learner, report: Report) -> None:
     metrics = options.out / "metrics.jsonl"
-    metrics.write_text("")
 
-    async def on_round(result: RoundResult) -> None:
-        state = {"round": result.round, "mode": options.mode, "fingerprint": learner.fingerprint}
-        await asyncio.to_thread(save_checkpoint, options.out, "checkpoint", result.weights, state)
+    def on_round(result: RoundResult) -> None:
         event = round_done(result, options.rounds)
         with metrics.open("a") as lines:
             lines.write(metrics_line(event))
@@ -65,6 +67,10 @@ async def _serve(options: ServeOptions, learner: Learner, report: Report) -> Non
                     Said(f"{silo} is {outcome.status} in round {result.round}: {outcome.reason}")
                 )
 
+    def on_evaluation(evaluation: Evaluation) -> None:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+        report(Said(f"round {evaluation.round} as the silos judge it: {figures or 'nobody did'}"))
+
     recipe = Recipe(
         steps=options.steps,
         batch=options.batch,
@@ -73,27 +79,47 @@ async def _serve(options: ServeOptions, learner: Learner, report: Report) -> Non
     )
     async with Server(
         learner.arrays(),
+        settings(options),
         fingerprint=learner.fingerprint,
-        min_silos=options.min_silos,
-        rounds=options.rounds,
         arguments=msgspec.to_builtins(Assignment(recipe=recipe, seed=options.seed)),
-        deadline_s=options.deadline,
+        checkpoints=Checkpoints(options.out / "checkpoints", keep=options.keep),
         on_round=on_round,
+        on_evaluation=on_evaluation,
         on_silo=lambda silo, what: report(Said(f"{silo} {what}")),
     ) as server:
+        if options.resume:
+            report(Said(f"{await server.resume()} of {options.rounds} rounds are done"))
         host, port = await server.start(options.host, options.port, insecure=options.insecure)
+        if not server.round:
+            metrics.write_text("")
         report(Listening(host, port))
         try:
             await server.run()
         finally:
-            _save(options, learner, server.history, report)
+            _save(options, learner, server, report)
 
 
-def _save(options: ServeOptions, learner: Learner, history: History, report: Report) -> None:
-    rounds = len(history.rounds)
+def settings(options: ServeOptions) -> RunConfig:
+    """The run's settings. Raises `SettingError`."""
+    patience = options.patience
+    return RunConfig(
+        min_silos=options.min_silos,
+        rounds=options.rounds,
+        fraction=options.fraction,
+        seed=options.seed,
+        train_deadline_s=options.train_deadline,
+        upload_deadline_s=options.upload_deadline,
+        absence_timeout_s=options.absence_timeout,
+        evaluate_every=options.evaluate_every,
+        stop=None if patience is None else EarlyStop(metric="loss", patience=patience),
+    )
+
+
+def _save(options: ServeOptions, learner: Learner, server: Server, report: Report) -> None:
+    rounds = server.round
     if not rounds:
         return
-    learner.load(history.weights)
+    learner.load(server.history.weights)
     learner.save(options.out / "federated")
     after = "" if rounds == options.rounds else f", after only {rounds} of {options.rounds} rounds,"
     report(Wrote(f"the federated model{after}", str(options.out / "federated")))

@@ -1,0 +1,300 @@
+"""Who is a member of a run: silos are admitted, come and go, are busy or free, and told of the end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from aiordma import (
+    AiordmaError,
+    Channel,
+    ChannelClosed,
+    ChannelError,
+    MessageError,
+    Outgoing,
+    TransferTimeout,
+)
+from fedllm.config import RunConfig
+from fedllm.errors import QuorumNotReached
+from fedllm.messages import FROM_SILO, Goodbye, Join, Refused, Task, Welcome
+from fedllm.participation import Outcome
+
+__all__ = ["Membership", "choose"]
+
+FINAL_SILENCE_S: Final = 30.0
+"""A silo that takes nothing for so long at the end of a run does not get the final weights."""
+PING_TIMEOUT_S: Final = 3.0
+"""How long to ask a member whether it is there, when another silo wants its name."""
+
+
+def choose(
+    names: Collection[str], *, round: int, seed: int, fraction: float, at_least: int
+) -> list[str]:
+    """The silos that a round asks, sorted: `fraction` of the names, rounded up, but `at_least` so many.
+
+    Names are ranked by a hash of seed, round and name ("rendezvous hashing", Thaler and Ravishankar 1998): who is
+    chosen depends on nothing else, and one name more or less changes the choice by at most one other.
+    """
+
+    def rank(name: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{round}/{name}".encode()).digest()
+
+    # 0.1 * 30 is 3.0000000000000004, and three silos are meant.
+    count = max(at_least, math.ceil(fraction * len(names) - 1e-9))
+    return sorted(sorted(names, key=rank)[:count])
+
+
+@dataclass(eq=False)
+class _Member:
+    name: str
+    key: str
+    channel: Channel
+    is_welcome: bool = False
+    """Whether it has got its Welcome, which comes before anything else."""
+    is_busy: bool = False
+    """Whether it has yet to answer an earlier task: it would be late for the next as well."""
+    unanswered: int | None = None
+    """That task's ticket."""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Membership:
+    """The silos of a run, by name."""
+
+    def __init__(
+        self,
+        settings: RunConfig,
+        fingerprint: Mapping[str, str],
+        on_silo: Callable[[str, str], object] | None,
+    ) -> None:
+        """`on_silo` is told of everybody who comes, goes or is refused; see `Server`."""
+        self.run = secrets.token_hex(8)
+        """The run's name."""
+        self.round = 1
+        """The round that is under way, or next."""
+        self._settings = settings
+        self._fingerprint = dict(fingerprint)
+        self._on_silo = on_silo
+        self._members: dict[str, _Member] = {}
+        self._left: set[str] = set()
+        """Who closed its channel in order, and is not expected back."""
+        self._changed = asyncio.Event()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members, sorted."""
+        return tuple(sorted(self._members))
+
+    def free(self, but: Collection[str] = ()) -> dict[str, Channel]:
+        """The members that could take part in a round now, `but` some."""
+        for member in list(self._members.values()):
+            if member.channel.is_closed:
+                self._drop(member, "its channel was closed")
+        return {
+            name: member.channel
+            for name, member in self._members.items()
+            if member.is_welcome and not member.is_busy and name not in but
+        }
+
+    async def gather(self, count: int, but: Collection[str] = ()) -> dict[str, Channel]:
+        """Those that are free, once there are so many.
+
+        Raises `QuorumNotReached` after `absence_timeout_s`.
+        """
+        limit_s = self._settings.absence_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                while len(free := self.free(but)) < count:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError as exc:
+            raise QuorumNotReached(
+                f"round {self.round}: {len(self.free(but))} silos were there within "
+                f"{limit_s} s, and {count} are needed"
+            ) from exc
+        return free
+
+    def settle(self, asked: Mapping[str, Channel], outcomes: Mapping[str, Outcome]) -> None:
+        """Take note of what became of the silos that were asked something, over these channels."""
+        for name, channel in asked.items():
+            member, outcome = self._members.get(name), outcomes[name]
+            if member is None or member.channel is not channel:
+                continue  # it has joined anew since
+            if isinstance(outcome.error, ChannelError):
+                self._drop(member, outcome.reason, outcome.error)
+            elif outcome.is_busy:
+                member.is_busy, member.unanswered = True, outcome.unanswered
+                member.news.set()
+
+    # Joining
+
+    async def serve(self, channel: Channel) -> None:
+        """The life of a channel: join, take part, go. It is closed when this returns."""
+        member = await self._admit(channel)
+        if member is None:
+            return
+        try:
+            await channel.send(Welcome(self.run, self.round, self._settings.rounds))
+            member.is_welcome = True
+            self._changed.set()
+            self._report(member.name, "joined")
+            while self._members.get(member.name) is member:
+                await member.news.wait()
+                member.news.clear()
+                if member.is_busy:
+                    # Its answer to this task was late. One to an earlier task may come before: a Decline
+                    # of an upload that was not waited for any more.
+                    while (await channel.recv(FROM_SILO)).ticket != member.unanswered:
+                        pass
+                    member.is_busy = False
+                    self._changed.set()
+                    self._report(member.name, "caught up")
+        except AiordmaError as exc:
+            self._drop(member, str(exc), exc)
+
+    async def _admit(self, channel: Channel) -> _Member | None:
+        name, is_final = channel.peer, True
+        try:
+            async with asyncio.timeout(self._settings.join_timeout_s):
+                join = await channel.recv(Join)
+            name = join.name
+            objection = _difference(self._fingerprint, join.fingerprint)
+            if not objection and await self._is_taken(join):
+                objection = f"the name {name!r} is in use by a silo that is there"
+        except TimeoutError:
+            # The way there may be slow, or its processes were stopped.
+            objection, is_final = (
+                f"it did not say who it is within {self._settings.join_timeout_s:g} s",
+                False,
+            )
+        except MessageError as exc:
+            objection = f"this is no valid request to join: {exc}"
+        except ChannelError as exc:
+            self._report(name, f"refused: {exc}")
+            return None
+        if objection:
+            self._report(name, f"refused: {objection}")
+            await channel.send(Refused(objection, is_final))
+            return None
+        # No await since the name was found free.
+        member = self._members[name] = _Member(name, join.key, channel)
+        self._left.discard(name)
+        return member
+
+    async def _is_taken(self, join: Join) -> bool:
+        """Whether the name's silo is there, and is another one; if not, it is dropped."""
+        while (member := self._members.get(join.name)) is not None:
+            if join.key and member.key == join.key:
+                # What is left of it is a connection whose end was not seen here.
+                await member.channel.aclose()
+                self._drop(member, "it joined anew")
+                continue
+            try:
+                async with asyncio.timeout(PING_TIMEOUT_S):
+                    await member.channel.ping()
+            except ChannelError as exc:
+                self._drop(member, str(exc), exc)
+            except TimeoutError:
+                return True  # it may be training with the interpreter locked
+            else:
+                return True
+        return False
+
+    def _drop(self, member: _Member, why: str, error: Exception | None = None) -> None:
+        if self._members.get(member.name) is member:
+            del self._members[member.name]
+            if isinstance(error, ChannelClosed):
+                self._left.add(member.name)
+            member.news.set()
+            self._changed.set()
+            self._report(member.name, f"gone: {why}")
+
+    def _report(self, name: str, what: str) -> None:
+        if self._on_silo is not None:
+            self._on_silo(name, what)
+
+    # The end
+
+    async def part(self, outgoing: Outgoing, cohort: Collection[str]) -> None:
+        """Give all members the final weights and say goodbye.
+
+        Those of the last `cohort` who are not there, because their connection broke, are waited for for
+        `farewell_s`.
+        """
+        expected = set(cohort)
+        told: set[_Member] = set()
+        async with asyncio.TaskGroup() as group:
+            try:
+                async with asyncio.timeout(self._settings.farewell_s):
+                    while True:
+                        members = {m for m in self._members.values() if m.is_welcome}
+                        for member in members - told:
+                            told.add(member)
+                            goodbye = Goodbye(secrets.randbits(63), not member.is_busy)
+                            group.create_task(self._part_from(member, goodbye, outgoing, expected))
+                        if not expected - self._left:
+                            break
+                        self._changed.clear()
+                        await self._changed.wait()
+            except TimeoutError:
+                for name in sorted(expected - self._left - self._members.keys()):
+                    self._report(name, "gone without the final weights: it did not come back")
+
+    async def give_up(self, reason: str) -> None:
+        """Tell all members that the run has failed."""
+        async with asyncio.TaskGroup() as group:
+            for member in self._members.values():
+                if member.is_welcome:
+                    goodbye = Goodbye(secrets.randbits(63), False, reason)
+                    group.create_task(self._part_from(member, goodbye, None, set()))
+
+    async def _part_from(
+        self, member: _Member, goodbye: Goodbye, outgoing: Outgoing | None, expected: set[str]
+    ) -> None:
+        try:
+            async with asyncio.timeout(FINAL_SILENCE_S):
+                await member.channel.send(goodbye)
+            if goodbye.has_weights and outgoing is not None:
+                meta = Task(self.round, goodbye.ticket, {}).meta(0)
+                await _send_while_taken(member.channel, outgoing, meta)
+            expected.discard(member.name)
+        except (AiordmaError, TimeoutError) as exc:
+            if isinstance(exc, ChannelError):  # it may come back
+                self._drop(member, f"without the last word: {exc}", exc)
+            else:
+                expected.discard(member.name)
+                self._report(member.name, f"gone without the final weights: {exc}")
+        self._changed.set()
+
+
+async def _send_while_taken(channel: Channel, outgoing: Outgoing, meta: object) -> None:
+    """Send, as long as it goes on: a transfer that nobody asks for never times out by itself."""
+    sending = asyncio.create_task(channel.send_tensors(outgoing, meta=meta, confirm=True))
+    try:
+        before = None
+        while not sending.done():
+            stats = channel.stats()
+            now = stats.sent_bytes, stats.in_flight_chunks
+            if now == before:
+                raise TransferTimeout(f"it took nothing for {FINAL_SILENCE_S:g} s")
+            before = now
+            await asyncio.wait({sending}, timeout=FINAL_SILENCE_S)
+        await sending
+    finally:
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+
+def _difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """What differs between two fingerprints, and what to do; empty if nothing does."""
+    found = "; ".join(
+        f"not the same {key}: the server has {ours.get(key, 'none')}, the silo {theirs.get(key, 'none')}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    )
+    return found and f"{found}; both need the same base model and settings (--base, --mode)"
