@@ -38,9 +38,23 @@ def names() -> list[str]:
         return [device.name.decode() for device in api.get_device_list()]
 
 
-def survey() -> list[Port]:
-    """All ports of all devices, in the order of libibverbs. Raises `LaneRefused` if they cannot be opened."""
-    return [port for name in names() for port in describe(name).ports]
+def survey(wanted: str | None = None) -> list[Port]:
+    """The ports of all devices that can be opened, in the order of libibverbs.
+
+    Raises `LaneRefused` if none can, or not the one that is `wanted` (or a port of which is).
+    """
+    ports: list[Port] = []
+    failure: LaneRefused | None = None
+    for name in names():
+        try:
+            ports += describe(name).ports
+        except LaneRefused as exc:
+            failure = failure or exc
+            if wanted is not None and name == wanted.partition("/")[0]:
+                raise
+    if failure is not None and not ports:
+        raise failure
+    return ports
 
 
 def describe(name: str) -> DeviceFacts:
