@@ -1,6 +1,7 @@
 """`python -m fedllm join`: one silo, training on text that never leaves it."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,8 +130,10 @@ class _Silo:
         """Load the global weights, unless they are worse here than this silo allows: then its own stay."""
         limit = self._options.refuse_above
         if limit is not None:
-            mine, theirs = await asyncio.to_thread(self._compare, weights)
-            if not theirs <= limit * mine:  # a perplexity that is no number is refused
+            mine, theirs = await run_in_thread(lambda stop: self._compare(weights))
+            if (
+                math.isnan(theirs) or theirs > limit * mine
+            ):  # if ours is no number, theirs is better
                 self._report(
                     Said(
                         f"{when}: refuses the server's weights, of perplexity {theirs:.1f} here; "
@@ -159,11 +162,11 @@ class _Silo:
     async def _evaluate(self, task: EvaluationTask) -> tuple[float, dict[str, float]]:
         """The loss on held-out text, in nats a token; this silo's own weights stay."""
 
-        def evaluate() -> Judgement:
+        def evaluate(stop: threading.Event) -> Judgement:
             with self._learner.on_trial(task.weights):
                 return self._judge(_assignment(task.arguments).recipe.block_tokens)
 
-        judgement = await asyncio.to_thread(evaluate)
+        judgement = await run_in_thread(evaluate)
         return judgement.tokens, {"loss": judgement.nats / judgement.tokens}
 
     def _train(self, round: int, assignment: Assignment, stop: threading.Event) -> float:

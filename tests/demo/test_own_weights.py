@@ -35,8 +35,8 @@ def copied(learner: Learner) -> Arrays:
     return {name: array.copy() for name, array in learner.arrays().items()}
 
 
-def noise(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(array.size).normal(0, 5, array.shape).astype(array.dtype)
+def noise(array: np.ndarray[Any, Any]) -> Any:
+    return np.random.default_rng(array.size).normal(0, 5, array.shape).astype(np.float32)
 
 
 async def test_weights_that_are_worse_than_allowed_are_refused_and_the_silos_own_stay():
@@ -51,8 +51,12 @@ async def test_weights_that_are_worse_than_allowed_are_refused_and_the_silos_own
         said = heard.pop()
         assert isinstance(said, Said)
         assert said.text.startswith("round 2: refuses the server's weights, of perplexity ")
+    silo._learner.load({name: array * np.nan for name, array in before.items()})
+    await silo._adopt(worse, "round 3")  # what has diverged itself takes anything that is a number
+    assert heard == []
+    silo._learner.load(before)
     near = {name: array + np.float32(1e-4) for name, array in before.items()}
-    await silo._adopt(near, "round 3")
+    await silo._adopt(near, "round 4")
     assert heard == []
     np.testing.assert_array_equal(silo._learner.arrays()[SHARED], near[SHARED])
 
