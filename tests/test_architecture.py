@@ -131,6 +131,7 @@ GUESTS: Mapping[str, str] = {
     "torch": "fedllm.adapters fedllm.demo.*",
     "peft": "fedllm.adapters fedllm.demo.*",
     "transformers": "fedllm.adapters fedllm.trainers fedllm.demo.*",
+    "accelerate": "",
     "pickle": "",
 }
 LAZY_GUESTS = {("aiordma.tensors", "torch")}
