@@ -183,7 +183,7 @@ class Channel:
         Pins its memory, at a few gigabytes a second, until the tensor goes, `Registration.release`, the end of
         the last channel on that device, or others past `registered_bytes` need the room. Once is enough for all
         channels of one event loop on one device, and for whatever views of it are sent. Over other lanes, which
-        need no such thing, it does nothing.
+        need no such thing, it does nothing. A fork copies it for the child, from Linux 5.13 on; see `doctor`.
 
         Raises `TensorError` for what cannot travel or is not in host memory, `RegistrationError` if the memory
         cannot be pinned (RLIMIT_MEMLOCK, most likely). ibv_reg_mr(3).

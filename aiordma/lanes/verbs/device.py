@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import weakref
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from aiordma.lanes.completion import Completion, CompletionPump
 from aiordma.lanes.needs import COMPLETIONS
 from aiordma.lanes.registry import Registry
 from aiordma.lanes.verbs.api import enums
+from aiordma.lanes.verbs.fork import fork_support, leave_to_children
 
 _GID_KINDS: Final = ("InfiniBand", "RoCE v1", "RoCE v2")
 _PORT_STATES: Final = ("NOP", "DOWN", "INIT", "ARMED", "ACTIVE", "ACTIVE_DEFER")
@@ -26,6 +28,8 @@ _open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Device]] =
     weakref.WeakKeyDictionary()
 )
 """Each loop's devices that are in use, by name."""
+_inherited: list[Any] = []
+"""In a forked process: its parent's. To destroy an object here is to destroy it there, for the descriptor is shared."""
 
 
 def names() -> list[str]:
@@ -60,17 +64,6 @@ def describe(name: str) -> DeviceFacts:
         )
 
 
-def fork_support() -> str:
-    """Whether registered memory survives a fork: "enabled", "unneeded" (the kernel sees to it) or "disabled".
-
-    See ibv_is_fork_initialized(3). Raises `LaneRefused` if it cannot be had.
-    """
-    with api.refused("no fork support"):
-        api.fork_init()
-        kinds = {enums.IBV_FORK_ENABLED: "enabled", enums.IBV_FORK_UNNEEDED: "unneeded"}
-        return kinds.get(api.is_fork_initialized(), "disabled")
-
-
 def _has_windows(found: Any) -> bool:
     windows = enums.IBV_DEVICE_MEM_WINDOW_TYPE_2A | enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B
     return bool(found.device_cap_flags & windows)
@@ -94,16 +87,27 @@ def _port(context: Any, device: str, number: int) -> Port:
     )
 
 
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_keep_inherited)
+
+
+def _keep_inherited() -> None:
+    devices = [device for opened in _open.values() for device in opened.values()]
+    _inherited.extend((device, *device.regions) for device in devices)
+
+
 class Device:
     """A device that one event loop has open, while lanes use it."""
 
     def __init__(self, name: str, registered_bytes: int) -> None:
         """Use `open`."""
         self.name = name
+        self.regions: weakref.WeakSet[Any] = weakref.WeakSet()
         self._users = 0
         with contextlib.ExitStack() as undo, api.refused(f"cannot open the RDMA device {name}"):
-            with contextlib.suppress(api.PyverbsRDMAError):
-                api.fork_init()  # too late, if another library of this process has used a device before
+            _watch_forks()
+            self._does_kernel_copy = fork_support() == "unneeded"
             self.context = api.Context(name=name)
             undo.callback(self.context.close)
             attributes = self.context.query_device()
@@ -135,7 +139,11 @@ class Device:
                 f"{nbytes} bytes are more than {self.name} registers at once ({self.max_region_bytes}): use smaller "
                 "slots, or send the tensor unregistered, through the ring"
             )
-        return api.pin(pd, address, nbytes, access)
+        region = api.pin(pd, address, nbytes, access)
+        self.regions.add(region)
+        if self._does_kernel_copy:
+            leave_to_children(address, nbytes)
+        return region
 
     async def release(self) -> None:
         """The last user closes it, and with it goes what is registered."""
