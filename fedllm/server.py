@@ -89,7 +89,7 @@ class Server:
         self._on_round = on_round
         self._on_evaluation = on_evaluation
         self._config = config
-        self._members = Membership(settings, fingerprint, on_silo)
+        self._members = Membership(settings, fingerprint, self._weights, on_silo)
         self._records: list[RoundRecord] = []
         self._progress = Progress()
         self._saved: Progress | None = None
@@ -192,7 +192,7 @@ class Server:
             except QuorumNotReached as exc:
                 await self._members.give_up(exc.reason)
                 raise
-            await self._members.part(prepare(self._weights), self._progress.cohort)
+            await self._members.part(self._weights, self._progress.cohort)
             return self.history
         finally:
             await self.aclose()

@@ -94,7 +94,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
-    " fedllm.server fedllm.silo fedllm.joining fedllm.threads",
+    " fedllm.messages fedllm.shards fedllm.server fedllm.silo fedllm.joining fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -108,10 +108,12 @@ ROOMS: Mapping[str, str] = {
     "fedllm.trainers": "fedllm.threads",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
-    "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
-    "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds",
+    "fedllm.shards": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.staged fedllm.participation",
+    "fedllm.assembly": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.shards",
+    "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards",
+    "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.rounds",
     "fedllm.history": "fedllm.participation fedllm.rounds",
-    "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
+    "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly",
     "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
     " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint",
     "fedllm.backoff": "fedllm.errors fedllm.config",
