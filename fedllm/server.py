@@ -71,7 +71,8 @@ class Server:
         `on_round` and `on_evaluation` are called (and awaited, if they return an awaitable) after each round that
         succeeded and is saved, and each evaluation; a server that dies just before has not called them, and one that
         resumes does not call them again. `on_silo` is called with a silo's name, or the address of one that has none,
-        and what became of it: "joined", "refused: ...", "caught up" (it was late), "gone: ...". What they raise ends
+        and what became of it: "rank 0 of 2 is there" (if it is sharded), "joined", "refused: ...",
+        "caught up" (it was late), "gone: ...". What they raise ends
         the run, or that silo's membership.
 
         Raises `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such that cannot be
