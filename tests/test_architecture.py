@@ -104,7 +104,8 @@ ROOMS: Mapping[str, str] = {
     "fedllm.aligned": f"aiordma {BELOW_STRATEGY}",
     "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
     "fedllm.threads": "",
-    "fedllm.adapters": "fedllm.errors",
+    "fedllm.dtensors": "fedllm.errors fedllm.messages",
+    "fedllm.adapters": "fedllm.errors fedllm.messages fedllm.dtensors",
     "fedllm.trainers": "fedllm.threads",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
@@ -130,7 +131,7 @@ ROOMS: Mapping[str, str] = {
 GUESTS: Mapping[str, str] = {
     # third party or standard library: the only modules that may import it, anywhere in their text
     "pyverbs": "aiordma.lanes.verbs*",
-    "torch": "fedllm.adapters fedllm.demo.*",
+    "torch": "fedllm.adapters fedllm.dtensors fedllm.demo.*",
     "peft": "fedllm.adapters fedllm.demo.*",
     "transformers": "fedllm.adapters fedllm.trainers fedllm.demo.*",
     "pickle": "",
