@@ -17,50 +17,54 @@ __all__ = ["Assembly"]
 @dataclass(eq=False)
 class _Waiting:
     channel: Channel
+    join: Join
     shard: Shard
-    key: str
     speaker: asyncio.Future[asyncio.Task[Any] | None] = field(default_factory=asyncio.Future)
     """The task of who speaks for all ranks; None if another channel took this one's place."""
 
 
 class Assembly:
-    """The ranks that wait, by the names of their silos."""
+    """The ranks that wait for others of their silos."""
 
     def __init__(self) -> None:
-        self._silos: dict[str, dict[int, _Waiting]] = {}
+        self._waiting: list[_Waiting] = []
 
     async def meet(
         self, channel: Channel, join: Join, shard: Shard
     ) -> tuple[Shards, frozenset[str]] | None:
         """Wait for the other ranks, however long that takes: the last one may have to be restarted.
 
-        Who comes last gets all of them and their keys, to speak for them in its task; the others get None when that
-        is over. Raises
-        `SettingError` for a rank that waits already, or one of another number of ranks; an `aiordma` error when the
-        channel ends.
+        Who comes last gets all of them and their keys, at once, to speak for them in its task; the others get None when
+        that is over. Raises `SettingError` for a rank that waits already, or one of another number of ranks; an
+        `aiordma` error when the channel ends.
         """
-        waiting = self._silos.setdefault(join.name, {})
-        for rank, one in list(waiting.items()):
-            if one.channel.is_closed or (join.key and one.key == join.key):
+        others = [one for one in self._waiting if one.join.name == join.name]
+        for one in others:
+            if join.key and one.join.key == join.key:
+                # What is left of it is a connection whose end was not seen here.
+                others.remove(one)
+                self._waiting.remove(one)
                 one.speaker.set_result(None)
-                del waiting[rank]
-        worlds = {one.shard.world for one in waiting.values()} - {shard.world}
-        if worlds or shard.rank in waiting:
-            raise SettingError(
-                f"rank {shard.rank} of {shard.world} is not wanted: of {join.name!r} "
-                f"there are ranks {sorted(waiting)} of {min(worlds, default=shard.world)} waiting"
-            )
-        me = waiting[shard.rank] = _Waiting(channel, shard, join.key)
-        if len(waiting) < shard.world:
-            await self._wait(join.name, me)
+                break
+        for one in others:
+            if one.shard.world != shard.world or one.shard.rank == shard.rank:
+                raise SettingError(
+                    f"rank {shard.rank} of {shard.world} is not wanted: for {join.name!r} rank {one.shard.rank} of "
+                    f"{one.shard.world} waits here"
+                )
+        me = _Waiting(channel, join, shard)
+        if len(others) + 1 < shard.world:
+            await self._wait(me)
             return None
-        del self._silos[join.name]
-        for one in waiting.values():
+        for one in others:
+            self._waiting.remove(one)
             one.speaker.set_result(asyncio.current_task())
-        ranks = Shards([(one.channel, one.shard) for one in waiting.values()])
-        return ranks, frozenset(one.key for one in waiting.values())
+        ranks = [*others, me]
+        shards = Shards([(one.channel, one.shard) for one in ranks])
+        return shards, frozenset(one.join.key for one in ranks)
 
-    async def _wait(self, name: str, me: _Waiting) -> None:
+    async def _wait(self, me: _Waiting) -> None:
+        self._waiting.append(me)
         # A rank that waits says nothing: what is heard is that its channel ends.
         listening = asyncio.create_task(me.channel.recv(FROM_SILO))
         try:
@@ -68,13 +72,10 @@ class Assembly:
             if not me.speaker.done():
                 raise SettingError(f"a rank that waits for the others said {listening.result()}")
         finally:
+            if not me.speaker.done():
+                self._waiting.remove(me)
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
-            waiting = self._silos.get(name, {})
-            if waiting.get(me.shard.rank) is me:
-                del waiting[me.shard.rank]
-            if not waiting:
-                self._silos.pop(name, None)
         speaker = me.speaker.result()
         if speaker is not None:
             await asyncio.wait({speaker})

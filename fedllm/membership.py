@@ -179,7 +179,6 @@ class Membership:
                     return None  # another rank has spoken for it
                 peer, keys = met
                 peer.check(self._shapes)
-                objection = await self._objection(join)
         except TimeoutError:
             # The way there may be slow, or its processes were stopped.
             objection, is_final = (
@@ -200,7 +199,7 @@ class Membership:
             self._report(name, f"refused: {objection}")
             await peer.send(Refused(objection, is_final))
             return None
-        # No await since the name was found free.
+        # No await since the name was found free: the rank that comes last waits for none.
         member = self._members[name] = _Member(name, keys, peer)
         self._left.discard(name)
         return member

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from numpy.typing import NDArray
 
-from aiordma import Channel, ChannelError, Outgoing, Transfer, prepare
+from aiordma import Channel, Outgoing, Transfer, prepare
 from fedllm.aggregate import Arrays, Contribution, check_layout
 from fedllm.errors import RoundAbandoned, SettingError, StagingError, UpdateError
 from fedllm.messages import Begin, Commit, Ready, Shard, Task
@@ -242,7 +242,7 @@ class _Together:
         leading = asyncio.create_task(lead)
         pending: set[asyncio.Task[Any]] = {leading, *ranks}
         try:
-            while pending and not self._has_failed(ranks):
+            while pending and not any(_is_out(rank) for rank in ranks):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()  # raises what is no failure of the silo's
@@ -256,23 +256,14 @@ class _Together:
         await asyncio.gather(*(tell(channel, word) for channel in untold))
         return outcome
 
-    def _has_failed(self, ranks: Sequence[asyncio.Task[Outcome]]) -> bool:
-        """Whether one rank is out, and the others do not know."""
-        return self.error is None and any(
-            one.done() and one.result().status is not Status.COMMITTED for one in ranks
-        )
-
     def _outcome(self, outcomes: Mapping[int, Outcome]) -> Outcome:
         """What the ranks' outcomes amount to; those who were cancelled have none."""
         whole = outcomes.get(0, Outcome(status=Status.COMMITTED))
-        # Of several failures, that of a channel has the others for its consequences.
-        causes = sorted(
-            ((rank, one) for rank, one in outcomes.items() if one.error is not None),
-            key=lambda found: not isinstance(found[1].error, ChannelError),
+        rank, cause = next(
+            ((rank, one) for rank, one in outcomes.items() if one.error is not None), (0, None)
         )
-        if causes:
-            rank, cause = causes[0]
-            reason = cause.reason if self.error is not None else f"rank {rank}: {cause.reason}"
+        if cause is not None:
+            reason = str(self.error or f"rank {rank}: {cause.reason}")
             whole = replace(whole, status=cause.status, reason=reason, error=cause.error)
         if whole.status is Status.COMMITTED:
             # Who did not hear of it goes on otherwise than the others.
@@ -329,6 +320,10 @@ class _Part:
 
     def abort(self) -> None:
         pass
+
+
+def _is_out(rank: asyncio.Task[Outcome]) -> bool:
+    return rank.done() and rank.result().status is not Status.COMMITTED
 
 
 def _height(shape: tuple[int, ...]) -> int:

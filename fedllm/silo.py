@@ -136,7 +136,7 @@ class Silo:
             if weights is None:
                 await self.say(Decline(message.ticket, "the weights did not arrive"))
             elif not await self._may_begin(message.ticket):
-                await self.say(Decline(message.ticket, "the ranks of this silo did not begin"))
+                continue  # and decline
             elif message.evaluates:
                 await self._judge(message, weights, evaluate)
             else:

@@ -2,13 +2,16 @@
 
 import asyncio
 import re
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import aiordma
 from fedllm import Backoff, Evaluation, JoinRefused, Report, SettingError, Shard, Silo, Status, join
+from fedllm.messages import JOIN_ANSWER, Decline, Join, Welcome
 from tests.federation import (
     DEADLINE_S,
     FINGERPRINT,
@@ -111,14 +114,64 @@ async def test_a_rank_that_waits_and_leaves_is_forgotten():
     assert log.rounds[0].outcomes["bank"].status is Status.COMMITTED
 
 
+async def test_a_rank_waits_for_the_others_as_long_as_it_takes():
+    async with running(Log()) as (address, _):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(DEADLINE_S):
+                await rank(address, TWO[0], 4, timeout_s=DEADLINE_S / 3)
+
+
+async def test_a_rank_that_waits_and_comes_anew_takes_its_own_place():
+    log = Log()
+    join = Join("bank", FINGERPRINT, "key", TWO[0])
+    async with running(log) as (address, _), AsyncExitStack() as stack:
+        old, new = [
+            await stack.enter_async_context(aiordma.connect(*address, config=QUICK)) for _ in "12"
+        ]
+        await old.send(join)
+        await log.has("bank rank 0 of 2 is there")
+        await new.send(join)
+        with pytest.raises(aiordma.ChannelClosed):
+            await old.recv()
+        joining_ = asyncio.ensure_future(rank(address, TWO[1], 4))
+        assert isinstance(await new.recv(JOIN_ANSWER), Welcome)
+        await cancel(joining_)
+
+
+async def test_a_rank_that_speaks_before_the_others_are_there_is_refused():
+    async with running(Log()) as (address, _), aiordma.connect(*address, config=QUICK) as channel:
+        await channel.send(Join("bank", FINGERPRINT, "key", TWO[0]))
+        await channel.send(Decline(1, "too early"))
+        answer = await channel.recv(JOIN_ANSWER)
+        assert answer.reason.startswith("a rank that waits for the others said Decline(")
+        assert not answer.is_final
+
+
+async def test_a_rank_that_joins_anew_ends_what_is_left_of_its_silo():
+    log = Log()
+    async with running(log, min_silos=2) as (address, _), AsyncExitStack() as stack:
+        zero, one, again = [
+            await stack.enter_async_context(aiordma.connect(*address, config=QUICK)) for _ in "123"
+        ]
+        await zero.send(Join("bank", FINGERPRINT, "a", TWO[0]))
+        await one.send(Join("bank", FINGERPRINT, "b", TWO[1]))
+        for rank_ in (zero, one):
+            assert isinstance(await rank_.recv(JOIN_ANSWER), Welcome)
+        await again.send(Join("bank", FINGERPRINT, "a", TWO[0]))
+        for rank_ in (zero, one):
+            with pytest.raises(aiordma.ChannelClosed):
+                await rank_.recv()
+        await log.has("bank gone: ")
+
+
 async def test_ranks_that_are_not_one_silos_are_refused():
     log = Log()
     async with running(log, min_silos=1) as (address, run):
         waiting = asyncio.ensure_future(rank(address, TWO[0], 4))
         await log.has("bank rank 0 of 2 is there")
-        with pytest.raises(JoinRefused, match=r"rank 0 of 2 is not wanted: .* ranks \[0\] of 2 w"):
+        with pytest.raises(JoinRefused, match=r"rank 0 of 2 is not wanted: .* rank 0 of 2 waits"):
             await rank(address, TWO[0], 4)
-        with pytest.raises(JoinRefused, match=r"rank 2 of 3 is not wanted: .* ranks \[0\] of 2 w"):
+        with pytest.raises(JoinRefused, match=r"rank 2 of 3 is not wanted: .* rank 0 of 2 waits"):
             await rank(address, Shard(2, 3, {}), 4)
         with pytest.raises(JoinRefused, match="not the same weights"):
             await rank(address, TWO[1], 4, fingerprint={"weights": "another"})
