@@ -30,16 +30,19 @@ print("done")
 
 
 async def fork_and_send() -> int:
-    """A child reads, writes and releases what is registered; its parent sends something else from there."""
+    """A child reads, writes and releases what is registered; its parent sends something else from there to there."""
     async with pair(require="verbs") as (near, far):
 
         async def send() -> None:
-            for array in arrays:
-                _, got = await asyncio.gather(near.send_tensor(array), far.recv_tensor())
-                assert np.array_equal(got, ~noise(array.size))
+            for array, into in zip(arrays, places, strict=True):
+                into[:] = 0
+                await asyncio.gather(near.send_tensor(array), far.recv_tensor(into=into))
+                assert np.array_equal(into, ~noise(array.size))
 
         arrays = noise(SIZE), noise(100)  # on a small array's pages other things lie too
+        places = np.zeros(SIZE, np.uint8), np.zeros(100, np.uint8)
         registrations = [near.register(array) for array in arrays]
+        registrations += [far.register(into) for into in places]
         assert all(registration.is_pinned for registration in registrations)
         sums = [int(array.sum()) for array in arrays]
         gate, opened = os.pipe()
@@ -68,8 +71,9 @@ def _live(
     try:
         os.read(gate, 1)
         found = [int(array.sum()) for array in arrays]
-        for array, registration in zip(arrays, registrations, strict=True):
+        for array in arrays:
             array[:] = 0
+        for registration in registrations:
             registration.release()
         if found == sums:
             end = 0
