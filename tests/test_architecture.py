@@ -80,11 +80,12 @@ ROOMS: Mapping[str, str] = {
     "aiordma.channel": "aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
     f" aiordma.registration aiordma.lanes.registry {WIRE}",
     "aiordma.handshake": f"aiordma.errors aiordma.config aiordma.ring {WIRE}",
+    "aiordma.proxy": "aiordma.errors aiordma.handshake",
     "aiordma.assembly": "aiordma.errors aiordma.config aiordma.ring aiordma.stats aiordma.control"
     f" aiordma.port aiordma.link aiordma.channel aiordma.handshake aiordma.path aiordma.lanes.* {WIRE}",
     "aiordma.listener": "aiordma.errors aiordma.config aiordma.queues aiordma.channel"
     f" aiordma.handshake aiordma.path aiordma.assembly {WIRE}",
-    "aiordma.endpoint": "aiordma.errors aiordma.config aiordma.channel aiordma.handshake"
+    "aiordma.endpoint": "aiordma.errors aiordma.config aiordma.channel aiordma.handshake aiordma.proxy"
     " aiordma.path aiordma.assembly aiordma.listener aiordma.lanes.choice",
     "aiordma.bench": "",
     "aiordma.bench.*": "aiordma aiordma.errors aiordma.bench aiordma.bench.*",

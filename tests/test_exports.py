@@ -51,6 +51,8 @@ AIORDMA = {
     "ManifestError",
     "MessageError",
     "PeerTimeout",
+    "ProxyError",
+    "ProxyRefused",
     "RemoteProtocolError",
     "TensorError",
     "TransferAborted",
