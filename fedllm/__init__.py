@@ -20,6 +20,7 @@ from fedllm.errors import (
     CheckpointError,
     FedError,
     JoinRefused,
+    JournalError,
     QuorumNotReached,
     RoundAbandoned,
     RoundError,
@@ -35,6 +36,7 @@ from fedllm.history import History, RoundRecord
 from fedllm.joining import join
 from fedllm.messages import Shard
 from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
+from fedllm.policy import Between, OneOf, Policy
 from fedllm.rounds import RoundResult, run_round
 from fedllm.server import Server
 from fedllm.shards import Shards
@@ -47,6 +49,7 @@ __all__ = [
     "Aggregation",
     "Aligned",
     "Backoff",
+    "Between",
     "CheckpointError",
     "Checkpoints",
     "Contribution",
@@ -57,8 +60,11 @@ __all__ = [
     "FedError",
     "History",
     "JoinRefused",
+    "JournalError",
+    "OneOf",
     "Outcome",
     "Participation",
+    "Policy",
     "QuorumNotReached",
     "Ready",
     "Report",

@@ -95,7 +95,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
-    " fedllm.messages fedllm.shards fedllm.server fedllm.silo fedllm.joining fedllm.threads",
+    " fedllm.messages fedllm.policy fedllm.shards fedllm.server fedllm.silo fedllm.joining fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -120,10 +120,13 @@ ROOMS: Mapping[str, str] = {
     " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint",
     "fedllm.backoff": "fedllm.errors fedllm.config",
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
-    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
-    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation",
+    "fedllm.policy": "fedllm.errors fedllm.messages",
+    "fedllm.journal": "aiordma fedllm.errors fedllm.checkpoint",
+    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.policy fedllm.journal",
+    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation fedllm.policy"
+    " fedllm.journal",
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
-    " fedllm.silo",
+    " fedllm.policy fedllm.journal fedllm.silo",
     "fedllm.demo": "",
     "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",
