@@ -66,8 +66,6 @@ async def join(
     `keep` cannot be used, `JournalError` if the journal cannot. Cancelled, nothing is left behind.
     """
     check_seconds("timeout_s", timeout_s)
-    if shard is not None and keep is not None:
-        raise SettingError("the ranks of a sharded silo keep no updates: leave keep= away")
     kept = Kept(keep, name) if keep is not None else None
     request = await _request(name, fingerprint, kept, shard)
     record = Journal(journal, name) if journal is not None else None
@@ -96,6 +94,8 @@ async def join(
 async def _request(
     name: str, fingerprint: Mapping[str, str], kept: Kept | None, shard: Shard | None
 ) -> Join:
+    if shard is not None and kept is not None:
+        raise SettingError("the ranks of a sharded silo keep no updates: leave keep= away")
     request = Join(name, dict(fingerprint), secrets.token_hex(16), shard)
     try:
         msgspec.convert(msgspec.to_builtins(request), Join)
