@@ -128,7 +128,8 @@ ROOMS: Mapping[str, str] = {
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
     " fedllm.policy fedllm.journal fedllm.silo",
     "fedllm.demo": "",
-    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.demo.*",
+    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.policy"
+    " fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",
 }
 
