@@ -83,6 +83,12 @@ def _state_arguments(parser: Any) -> None:
         action="store_true",
         help="go on from the last round that OUT/checkpoints has, or begin if it has none",
     )
+    add(
+        "--aggregate",
+        choices=("staged", "aligned"),
+        default="staged",
+        help="hold every update until all are there (default), or none: then a round goes at the pace of its slowest silo",
+    )
     add("--keep", type=arguments.whole, default=3, help="rounds kept on disk (default 3)")
 
 
