@@ -87,7 +87,7 @@ def _state_arguments(parser: Any) -> None:
         "--aggregate",
         choices=("staged", "aligned"),
         default="staged",
-        help="hold every update until all are there (default), or none: then a round goes at the pace of its slowest silo",
+        help="hold every update until all are there (default), or none, at the pace of the slowest silo",
     )
     add("--keep", type=arguments.whole, default=3, help="rounds kept on disk (default 3)")
 
