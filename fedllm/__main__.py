@@ -1,4 +1,4 @@
-"""`python -m fedllm serve | join | demo`: federated fine-tuning from a shell."""
+"""`python -m fedllm serve | join | demo | bench-round`: federated fine-tuning from a shell."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aiordma import AiordmaError
+from fedllm.bench import command as bench
 from fedllm.config import RunConfig
 from fedllm.demo import arguments, wording
 from fedllm.demo.events import Report, Said, json_lines
@@ -60,10 +61,13 @@ def _parser(*, with_stages: object = False) -> argparse.ArgumentParser:
         epilog=wording.EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="{serve,join,demo}", required=True, title="commands")
+    commands = parser.add_subparsers(
+        metavar="{serve,join,demo,bench-round}", required=True, title="commands"
+    )
     _add_serve(commands)
     _add_join(commands)
     _add_demo(commands)
+    _add_bench_round(commands)
     if with_stages:  # else argparse lists them where it complains
         _add_stages(commands)
     return parser
@@ -158,7 +162,9 @@ def _add_join(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     parser = _command(
-        commands, "demo", wording.DEMO, wording.DEMO_EXAMPLES, help="see all of it on this machine"
+        *(commands, "demo", wording.DEMO, wording.DEMO_EXAMPLES),
+        help="see all of it on this machine",
+        reports=False,
     )
     parser.set_defaults(run=_demo)
     _mode_argument(parser)
@@ -188,6 +194,16 @@ def _add_demo(commands: Any) -> None:
     _size_arguments(parser)
 
 
+def _add_bench_round(commands: Any) -> None:
+    parser = _command(
+        *(commands, "bench-round", wording.BENCH_ROUND, wording.BENCH_ROUND_EXAMPLES),
+        help="measure rounds at full size, beside other programs'",
+        reports=False,
+    )
+    parser.set_defaults(run=_bench_round)
+    bench.add_options(parser)
+
+
 def _add_stages(commands: Any) -> None:
     """The demo's own steps, `STAGES`: commands that no help mentions, since only the demo calls them."""
     prepare = commands.add_parser("prepare")
@@ -215,7 +231,9 @@ def _add_stages(commands: Any) -> None:
         _program_arguments(parser)
 
 
-def _command(commands: Any, name: str, text: str, examples: str, *, help: str) -> Any:
+def _command(
+    commands: Any, name: str, text: str, examples: str, *, help: str, reports: bool = True
+) -> Any:
     parser = commands.add_parser(
         name,
         help=help,
@@ -223,7 +241,7 @@ def _command(commands: Any, name: str, text: str, examples: str, *, help: str) -
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _program_arguments(parser, reports=name != "demo")
+    _program_arguments(parser, reports=reports)
     return parser
 
 
@@ -321,6 +339,10 @@ def _demo(namespace: argparse.Namespace) -> int:
     command = (sys.executable, "-m", "fedllm")
     with Screen(open_console()) as screen:
         return demo(options, command=command, environment=environment, screen=screen)
+
+
+def _bench_round(namespace: argparse.Namespace) -> int:
+    return bench.run(namespace, print, lambda line: print(line, file=sys.stderr))
 
 
 def _prepare(namespace: argparse.Namespace) -> int:

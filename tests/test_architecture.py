@@ -120,6 +120,8 @@ ROOMS: Mapping[str, str] = {
     "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation",
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
     " fedllm.silo",
+    "fedllm.bench": "",
+    "fedllm.bench.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.bench.*",
     "fedllm.demo": "",
     "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",

@@ -1,0 +1,137 @@
+"""The options of `python -m fedllm bench-round`, and what they make of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from fedllm.bench import report
+from fedllm.bench.contender import Contender
+from fedllm.bench.errors import BenchError
+from fedllm.bench.layouts import NAMED
+from fedllm.bench.link import Shape
+from fedllm.bench.run import Plan, default_congestion, measure
+
+__all__ = ["add_options", "run"]
+
+Say = Callable[[str], None]
+
+_WAYS: Final = ("staged", "aligned")
+_RATES: Final = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+_TIMES: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them."""
+    add = parser.add_argument
+    add(
+        "--layout",
+        default="gpt2",
+        metavar="WHAT",
+        help=f"what a round moves: {', '.join(NAMED)}, or a size such as 5G (default: gpt2, 498 MB)",
+    )
+    add("--silos", type=_whole, default=3, metavar="N", help="default 3")
+    add(
+        "--aggregate",
+        type=_ways,
+        default=_WAYS,
+        metavar="LIST",
+        help="how fedllm gathers updates (default: staged,aligned)",
+    )
+    add("--lanes", type=_numbers, default=(1,), metavar="LIST", help="fedllm's lanes (default: 1)")
+    add(
+        "--against",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another contender, such as tests/benchmarks/plain_sockets.py of fedllm's sources: a file of Python "
+        "with a Server and a Silo, as fedllm.bench.contender describes them; may be given again",
+    )
+    add("--turns", type=_whole, default=5, metavar="N", help="of every contender (default 5)")
+    add("--rounds", type=_whole, metavar="N", help="a turn (default: as many as move 8 GiB, to 50)")
+    add(
+        "--congestion",
+        default=default_congestion(),
+        metavar="NAME",
+        help="TCP congestion control of all that choose one (default: %(default)s)",
+    )
+    add(
+        "--rate",
+        type=_rate,
+        metavar="RATE",
+        help="between network namespaces, over a link of this rate, such as 10gbit (as root)",
+    )
+    add("--delay", type=_delay, metavar="TIME", help="of that link, one way, such as 10ms")
+    add("--json", dest="figures", type=Path, metavar="FILE", help="also write all figures there")
+
+
+def run(options: argparse.Namespace, say: Say, progress: Say) -> int:
+    """Measure, and `say` what came of it. Returns the exit status: 1 if a contender was left out."""
+    findings = asyncio.run(measure(_plan(options), progress))
+    say(report.text(findings).rstrip("\n"))
+    if options.figures is not None:
+        options.figures.write_bytes(msgspec.json.format(msgspec.json.encode(findings)) + b"\n")
+    return 1 if any(row.error for row in findings.rows) else 0
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    if options.delay is not None and options.rate is None:
+        raise BenchError("--delay goes with --rate: a link has both")
+    for path in options.against:
+        if not path.is_file():
+            raise BenchError(f"--against {path}: there is no such file")
+    ours = [
+        Contender(aggregate=way, lanes=lanes)
+        for lanes, way in itertools.product(options.lanes, options.aggregate)
+    ]
+    theirs = [Contender(program=str(path.resolve())) for path in options.against]
+    return Plan(
+        contenders=tuple(dict.fromkeys((*theirs, *ours))),
+        layout=options.layout,
+        silos=options.silos,
+        turns=options.turns,
+        rounds=options.rounds,
+        congestion=options.congestion,
+        shape=None if options.rate is None else Shape(options.rate, options.delay or 0.0),
+    )
+
+
+def _ways(text: str) -> tuple[str, ...]:
+    ways = tuple(text.split(","))
+    for way in ways:
+        if way not in _WAYS:
+            raise argparse.ArgumentTypeError(f"{way!r} is not one of {', '.join(_WAYS)}")
+    return ways
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_whole(part) for part in text.split(","))
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _rate(text: str) -> int:
+    return round(_quantity(text, _RATES, "a rate such as 10gbit"))
+
+
+def _delay(text: str) -> float:
+    return _quantity(text, _TIMES, "a time such as 10ms")
+
+
+def _quantity(text: str, units: dict[str, Any], what: str) -> float:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-z]+)", text)
+    if match is None or match[2] not in units or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} ({', '.join(units)})")
+    return float(match[1]) * float(units[match[2]])
