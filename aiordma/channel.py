@@ -184,7 +184,8 @@ class Channel:
         the last channel on that device, or others past `registered_bytes` need the room. Once is enough for all
         channels of one event loop on one device, and for whatever views of it are sent or received into. A peer may
         write there only while such a receive lasts, through a window that our device closes before it returns. Over
-        other lanes, which need no such thing, it does nothing.
+        other lanes, which need no such thing, it does nothing. A fork copies it for the child, from Linux 5.13 on;
+        see `doctor`.
 
         Raises `TensorError` for what cannot travel or is not in host memory, `RegistrationError` if the memory
         cannot be pinned (RLIMIT_MEMLOCK, most likely). ibv_reg_mr(3).

@@ -47,7 +47,10 @@ def local_choice(config: ChannelConfig, control: socket.socket) -> Choice:
     if not config.verbs:
         raise LaneRefused("ChannelConfig(verbs=False)")
     near: str = control.getsockname()[0]
-    return choose(_verbs().survey(), device=config.device, gid_index=config.gid_index, near=near)
+    verbs = _verbs()
+    with _see_doctor():
+        ports = verbs.survey(config.device)
+    return choose(ports, device=config.device, gid_index=config.gid_index, near=near)
 
 
 def _verbs() -> Any:
@@ -61,6 +64,15 @@ def _verbs() -> Any:
             f"this host has an RDMA device, and pyverbs cannot be imported ({exc}): install it (Debian and Ubuntu: "
             "python3-pyverbs, for the distribution's own Python; else pip install 'aiordma[verbs]')"
         ) from exc
+
+
+@contextlib.contextmanager
+def _see_doctor() -> Iterator[None]:
+    """What a device refuses may have many reasons."""
+    try:
+        yield
+    except LaneRefused as exc:
+        raise LaneRefused(f"{exc}: `python -m aiordma doctor` finds out why") from exc
 
 
 B = TypeVar("B", hello.Path, Verdict)
@@ -78,17 +90,22 @@ class RdmaPath:
 
     async def open(self, config: ChannelConfig, rings: Sequence[Ring], peer: Limits) -> None:
         """Make a queue pair for each ring. Raises `LaneRefused`, or `Busy` beyond the memory budget."""
-        verbs, name = _verbs(), self.choice.port.device
-        for ring in rings:
-            device = verbs.Device.open(name, registered_bytes=config.registered_bytes)
-            self.registry = device.registry if device.has_windows else None
-            try:
-                pair, lane = verbs.open_lane(device, self.choice, ring, peer)
-            except BaseException:
-                await device.release()
-                raise
-            self._pairs.append(pair)
-            self.lanes.append(lane)
+        verbs = _verbs()
+        with _see_doctor():
+            for ring in rings:
+                await self._open(verbs, config, ring, peer)
+
+    async def _open(self, verbs: Any, config: ChannelConfig, ring: Ring, peer: Limits) -> None:
+        name = self.choice.port.device
+        device = verbs.Device.open(name, registered_bytes=config.registered_bytes)
+        self.registry = device.registry if device.has_windows else None
+        try:
+            pair, lane = verbs.open_lane(device, self.choice, ring, peer)
+        except BaseException:
+            await device.release()
+            raise
+        self._pairs.append(pair)
+        self.lanes.append(lane)
 
     @property
     def addresses(self) -> tuple[LaneAddress, ...]:
@@ -108,7 +125,8 @@ class RdmaPath:
                 f"the peer has {len(addresses)} queue pairs for {len(self.lanes)} lanes"
             )
         for pair, lane, address in zip(self._pairs, self.lanes, addresses, strict=True):
-            pair.connect(address, rtt_s)
+            with _see_doctor():
+                pair.connect(address, rtt_s)
             await lane.expose()
             self._large_bytes = min(self._large_bytes, address.mtu_bytes)
 

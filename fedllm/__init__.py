@@ -33,9 +33,11 @@ from fedllm.errors import (
 from fedllm.evaluation import Evaluation, run_evaluation
 from fedllm.history import History, RoundRecord
 from fedllm.joining import join
+from fedllm.messages import Shard
 from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
 from fedllm.rounds import RoundResult, run_round
 from fedllm.server import Server
+from fedllm.shards import Shards
 from fedllm.silo import EvaluationTask, Report, RoundTask, Silo
 from fedllm.staged import Staged
 from fedllm.strategy import FedAvg, Strategy
@@ -70,6 +72,8 @@ __all__ = [
     "Server",
     "ServerLost",
     "SettingError",
+    "Shard",
+    "Shards",
     "Silo",
     "Staged",
     "StagingError",

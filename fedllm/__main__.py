@@ -23,7 +23,7 @@ from fedllm.errors import FedError, SettingError
 
 EXTRA = ("torch", "transformers", "peft", "safetensors", "tokenizers", "rich")
 STAGES = ("prepare", "alone", "judge")
-RESERVED = frozenset({"server", "prepare", "judge", "base", "federated", "union"})
+RESERVED = frozenset({"server", "prepare", "judge", "base", "federated", "personal", "union"})
 """What the demo calls other things than silos."""
 MENDABLE = (AiordmaError, FedError, OSError)
 Options = TypeVar("Options")
@@ -100,6 +100,7 @@ def _add_serve(commands: Any) -> None:
     )
     add("--out", type=Path, default=Path("result"), help="folder to write (default: ./result)")
     add("--lr", type=arguments.rate, help="learning rate (default: 1e-3 for lora, 5e-5 for full)")
+    _local_argument(parser)
     _state_arguments(parser)
 
 
@@ -158,6 +159,13 @@ def _add_join(commands: Any) -> None:
         metavar="SECONDS",
         help="how long to wait for a server that is away (default 600)",
     )
+    _local_argument(parser)
+    add(
+        "--refuse-above",
+        type=arguments.ratio,
+        metavar="RATIO",
+        help="keep this silo's own weights if the server's have over RATIO times their perplexity",
+    )
 
 
 def _add_demo(commands: Any) -> None:
@@ -191,6 +199,7 @@ def _add_demo(commands: Any) -> None:
         default=24_576,
         help="most held-out tokens judged a silo",
     )
+    _local_argument(parser)
     _size_arguments(parser)
 
 
@@ -225,6 +234,7 @@ def _add_stages(commands: Any) -> None:
     judge.set_defaults(run=_judge)
     _base_arguments(judge)
     judge.add_argument("--models", type=arguments.pair, nargs="+", required=True)
+    judge.add_argument("--personal", type=arguments.pair, nargs="*", required=True)
     judge.add_argument("--texts", type=arguments.pair, nargs="+", required=True)
     judge.add_argument("--eval-tokens", type=arguments.whole, required=True)
     for parser in (prepare, alone, judge):
@@ -255,6 +265,16 @@ def _base_arguments(parser: Any) -> None:
     _mode_argument(parser)
 
 
+def _local_argument(parser: Any) -> None:
+    parser.add_argument(
+        "--keep-local",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="parameters or modules that stay at each silo; say the same everywhere (default: none)",
+    )
+
+
 def _mode_argument(parser: Any) -> None:
     parser.add_argument(
         "--mode",
@@ -266,12 +286,7 @@ def _mode_argument(parser: Any) -> None:
 
 def _run_arguments(parser: Any) -> None:
     add = parser.add_argument
-    add(
-        "--rounds",
-        type=arguments.whole,
-        default=5,
-        help="rounds of training and averaging (default 5)",
-    )
+    add("--rounds", type=arguments.whole, default=5, help="of training and averaging (default 5)")
     add("--steps", type=arguments.steps, default=20, help="training steps a round (default 20)")
     add("--batch", type=arguments.batch, default=8, help="windows of 128 tokens a step (default 8)")
     add("--seed", type=arguments.seed, default=0, help="of everything random (default 0)")
@@ -280,9 +295,7 @@ def _run_arguments(parser: Any) -> None:
 def _size_arguments(parser: Any) -> None:
     made = parser.add_argument_group("the base model that is made when none is given")
     made.add_argument("--pretrain-steps", type=arguments.whole, default=300, help="default 300")
-    made.add_argument(
-        "--width", type=arguments.width, default=128, help="default 128; a multiple of 4"
-    )
+    made.add_argument("--width", type=arguments.width, default=128, help="default 128; by fours")
     made.add_argument("--layers", type=arguments.whole, default=4, help="default 4")
 
 
@@ -326,7 +339,7 @@ def _demo(namespace: argparse.Namespace) -> int:
     if not 2 <= len(silos) == len(namespace.silos):
         raise SettingError("a federation takes two silos or more, each with a name of its own")
     for name in silos:
-        if name in RESERVED or name.endswith("-alone") or name.strip(".") == "":
+        if name in RESERVED or name.endswith(("-alone", "-personal")) or name.strip(".") == "":
             raise SettingError(
                 f"a silo of the demo cannot be called {name!r}: give it another name"
             )
@@ -369,8 +382,8 @@ def _judge(namespace: argparse.Namespace) -> int:
     with _reporting(namespace, "judge") as report:
         from fedllm.demo.stages import JudgeOptions, judge_all
 
-        models, texts = dict(namespace.models), dict(namespace.texts)
-        judge_all(_options(JudgeOptions, namespace, models=models, texts=texts), report)
+        pairs = {name: dict(vars(namespace)[name]) for name in ("models", "personal", "texts")}
+        judge_all(_options(JudgeOptions, namespace, **pairs), report)
     return 0
 
 

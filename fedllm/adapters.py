@@ -1,6 +1,7 @@
 """Adapters and state dicts <-> ordered, named numpy arrays.
 
-With `fedllm.demo` the only home of torch and peft: everything else in fedllm sees names and arrays.
+With `fedllm.demo` and `fedllm.dtensors` the only home of torch, and of peft: everything else in fedllm sees names and
+arrays.
 Names and their order are the model's own (peft: adapter names taken out; transformers:
 `named_parameters`), so two processes that build the same model agree on both.
 
@@ -18,6 +19,9 @@ modules, whose parameters they then all mean (``["lm_head", "*.h.11", "*.ln_?.bi
 patterns at the server and at every silo leave the same names out of what is sent and of what is
 loaded: a silo takes the global layers, and keeps its own for these. A pattern that means no
 parameter is an `AdapterError`, since what it should have kept would leave.
+
+Of a model that is sharded (`fully_shard`, `distribute_tensor`) each rank gets, and loads, its own
+rows; `full_shard` says which these are. Take the `fingerprint` before it is sharded.
 """
 
 import enum
@@ -37,10 +41,11 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from fedllm.dtensors import Tensors, held, shard_of
 from fedllm.errors import FedError
+from fedllm.messages import Shard
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-Tensors = dict[str, torch.Tensor]
 
 # Where one silo keeps its files and which releases wrote them is not what it trains.
 _LOCAL_SETTINGS = frozenset(
@@ -66,6 +71,13 @@ def lora_arrays(
     Source: `peft.get_peft_model_state_dict`.
     """
     return _arrays(_lora_tensors(model, adapter, keep_local))
+
+
+def lora_shard(
+    model: PeftModel, *, adapter: str = "default", keep_local: Collection[str] = ()
+) -> Shard:
+    """`full_shard` for an adapter."""
+    return shard_of(_lora_tensors(model, adapter, keep_local))
 
 
 def load_lora(
@@ -101,6 +113,11 @@ def full_arrays(model: nn.Module, *, keep_local: Collection[str] = ()) -> Arrays
     mean nothing.
     """
     return _arrays(_parameters(model, keep_local)[0])
+
+
+def full_shard(model: nn.Module, *, keep_local: Collection[str] = ()) -> Shard:
+    """What this rank of a sharded model holds, for `join`: see `fedllm.dtensors.shard_of`."""
+    return shard_of(_parameters(model, keep_local)[0])
 
 
 def load_full(
@@ -241,7 +258,7 @@ def _meant(names: Mapping[str, Collection[str]], patterns: Collection[str]) -> s
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
-    return {name: _array(name, tensor) for name, tensor in tensors.items()}
+    return {name: _array(name, tensor) for name, tensor in held(tensors).items()}
 
 
 def _array(name: str, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -267,9 +284,10 @@ def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def _load(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    _check_fit(tensors, arrays)
+    parts = held(tensors)
+    _check_fit(parts, arrays)
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in parts.items():
             tensor.copy_(_tensor(arrays[name]))
 
 

@@ -7,12 +7,13 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aiordma import Channel, prepare
+from aiordma import prepare
 from fedllm.aggregate import Arrays
 from fedllm.config import check_seconds
 from fedllm.messages import Task, check_arguments
 from fedllm.participation import Outcome, Status, ask
 from fedllm.rounds import mean_metrics
+from fedllm.shards import Peer, Shards
 
 __all__ = ["Evaluation", "run_evaluation"]
 
@@ -31,7 +32,7 @@ class Evaluation:
 
 
 async def run_evaluation(
-    channels: Mapping[str, Channel],
+    channels: Mapping[str, Peer],
     weights: Arrays,
     *,
     round: int,
@@ -51,7 +52,10 @@ async def run_evaluation(
     loop = asyncio.get_running_loop()
     started = loop.time()
     asked = {
-        name: loop.create_task(ask(channels[name], outgoing, task)) for name in sorted(channels)
+        name: loop.create_task(
+            peer.ask(weights, task) if isinstance(peer, Shards) else ask(peer, outgoing, task)
+        )
+        for name, peer in sorted(channels.items())
     }
     try:
         if asked:

@@ -17,7 +17,7 @@ from fedllm.config import check_seconds
 from fedllm.conversation import server_lost
 from fedllm.errors import JoinRefused, ServerLost, SettingError
 from fedllm.kept import Kept
-from fedllm.messages import JOIN_ANSWER, Join, Refused, Welcome
+from fedllm.messages import JOIN_ANSWER, Join, Refused, Shard, Welcome
 from fedllm.silo import Silo
 
 __all__ = ["join"]
@@ -36,6 +36,7 @@ async def join(
     timeout_s: float = 10.0,
     backoff: Backoff | None = USUAL,
     keep: Path | None = None,
+    shard: Shard | None = None,
     on_event: Callable[[str], object] | None = None,
 ) -> AsyncGenerator[Silo, None]:
     """Connect to a server and be admitted: ``async with join(...) as silo``. Leaving the block says goodbye.
@@ -49,12 +50,19 @@ async def join(
     end: a round that comes again has it handed in again, without training; None: the silo trains again. `on_event` is
     told, in words, of each failure and what comes next.
 
+    `shard`: each rank of a sharded silo joins for itself, under the silo's name, and says what it holds. They are
+    admitted when all are there, which a rank waits for as long as it takes. Each gets its part of the weights, and
+    submits its part of the update, with the weight of the whole silo; the first rank's metrics and norm count. `keep`
+    would have one rank hand in what another trains anew: with a shard it is a `SettingError`.
+
     Raises `SettingError` for a name or fingerprint that is none, `JoinRefused` with the server's reason,
     `ServerLost` if it does not answer, `aiordma.ConnectError` if there is no aiordma server, `CheckpointError` if
     `keep` cannot be used. Cancelled, nothing is left behind.
     """
     check_seconds("timeout_s", timeout_s)
-    request = Join(name, dict(fingerprint), secrets.token_hex(16))
+    if shard is not None and keep is not None:
+        raise SettingError("the ranks of a sharded silo keep no updates: leave keep= away")
+    request = Join(name, dict(fingerprint), secrets.token_hex(16), shard)
     try:
         msgspec.convert(msgspec.to_builtins(request), Join)
     except msgspec.ValidationError as exc:
@@ -72,6 +80,7 @@ async def join(
             total_rounds=welcome.rounds,
             return_to=None if backoff is None else door.enter,
             kept=kept,
+            shard=shard,
             on_event=on_event,
         ) as silo:
             yield silo
@@ -147,7 +156,7 @@ class _Door:
 
     async def _be_admitted(self, channel: Channel) -> Welcome:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s if self._request.shard is None else None):
                 with server_lost():
                     await channel.send(self._request)
                     answer: Welcome | Refused = await channel.recv(JOIN_ANSWER)

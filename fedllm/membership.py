@@ -19,10 +19,13 @@ from aiordma import (
     Outgoing,
     TransferTimeout,
 )
+from fedllm.aggregate import Arrays
+from fedllm.assembly import Assembly
 from fedllm.config import RunConfig
-from fedllm.errors import QuorumNotReached
-from fedllm.messages import FROM_SILO, Goodbye, Join, Refused, Task, Welcome
+from fedllm.errors import QuorumNotReached, SettingError
+from fedllm.messages import Goodbye, Join, Refused, Task, Welcome
 from fedllm.participation import Outcome
+from fedllm.shards import Peer, all_of, caught_up, hand_outs
 
 __all__ = ["Membership", "choose"]
 
@@ -52,15 +55,17 @@ def choose(
 @dataclass(eq=False)
 class _Member:
     name: str
-    key: str
-    channel: Channel
+    keys: Collection[str]
+    channel: Peer
     is_welcome: bool = False
     """Whether it has got its Welcome, which comes before anything else."""
-    is_busy: bool = False
-    """Whether it has yet to answer an earlier task: it would be late for the next as well."""
     unanswered: int | None = None
-    """That task's ticket."""
+    """The ticket of an earlier task that it has yet to answer: it would be late for the next as well."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_busy(self) -> bool:
+        return self.unanswered is not None
 
 
 class Membership:
@@ -70,17 +75,21 @@ class Membership:
         self,
         settings: RunConfig,
         fingerprint: Mapping[str, str],
+        like: Arrays,
         on_silo: Callable[[str, str], object] | None,
     ) -> None:
-        """`on_silo` is told of everybody who comes, goes or is refused; see `Server`."""
+        """`on_silo` is told of everybody who comes, goes or is refused; see `Server`. Of the weights `like` only
+        names and shapes matter."""
         self.run = secrets.token_hex(8)
         """The run's name."""
         self.round = 1
         """The round that is under way, or next."""
         self._settings = settings
         self._fingerprint = dict(fingerprint)
+        self._shapes = {name: array.shape for name, array in like.items()}
         self._on_silo = on_silo
         self._members: dict[str, _Member] = {}
+        self._assembly = Assembly()
         self._left: set[str] = set()
         """Who closed its channel in order, and is not expected back."""
         self._changed = asyncio.Event()
@@ -90,7 +99,7 @@ class Membership:
         """The members, sorted."""
         return tuple(sorted(self._members))
 
-    def free(self, but: Collection[str] = ()) -> dict[str, Channel]:
+    def free(self, but: Collection[str] = ()) -> dict[str, Peer]:
         """The members that could take part in a round now, `but` some."""
         for member in list(self._members.values()):
             if member.channel.is_closed:
@@ -101,7 +110,7 @@ class Membership:
             if member.is_welcome and not member.is_busy and name not in but
         }
 
-    async def gather(self, count: int, but: Collection[str] = ()) -> dict[str, Channel]:
+    async def gather(self, count: int, but: Collection[str] = ()) -> dict[str, Peer]:
         """Those that are free, once there are so many.
 
         Raises `QuorumNotReached` after `absence_timeout_s`.
@@ -119,7 +128,7 @@ class Membership:
             ) from exc
         return free
 
-    def settle(self, asked: Mapping[str, Channel], outcomes: Mapping[str, Outcome]) -> None:
+    def settle(self, asked: Mapping[str, Peer], outcomes: Mapping[str, Outcome]) -> None:
         """Take note of what became of the silos that were asked something, over these channels."""
         for name, channel in asked.items():
             member, outcome = self._members.get(name), outcomes[name]
@@ -128,7 +137,7 @@ class Membership:
             if isinstance(outcome.error, ChannelError):
                 self._drop(member, outcome.reason, outcome.error)
             elif outcome.is_busy:
-                member.is_busy, member.unanswered = True, outcome.unanswered
+                member.unanswered = outcome.unanswered
                 member.news.set()
 
     # Joining
@@ -139,19 +148,16 @@ class Membership:
         if member is None:
             return
         try:
-            await channel.send(Welcome(self.run, self.round, self._settings.rounds))
+            await member.channel.send(Welcome(self.run, self.round, self._settings.rounds))
             member.is_welcome = True
             self._changed.set()
             self._report(member.name, "joined")
             while self._members.get(member.name) is member:
                 await member.news.wait()
                 member.news.clear()
-                if member.is_busy:
-                    # Its answer to this task was late. One to an earlier task may come before: a Decline
-                    # of an upload that was not waited for any more.
-                    while (await channel.recv(FROM_SILO)).ticket != member.unanswered:
-                        pass
-                    member.is_busy = False
+                if member.unanswered is not None:
+                    await caught_up(member.channel, member.unanswered)
+                    member.unanswered = None
                     self._changed.set()
                     self._report(member.name, "caught up")
         except AiordmaError as exc:
@@ -159,13 +165,20 @@ class Membership:
 
     async def _admit(self, channel: Channel) -> _Member | None:
         name, is_final = channel.peer, True
+        peer: Peer = channel
         try:
             async with asyncio.timeout(self._settings.join_timeout_s):
                 join = await channel.recv(Join)
+            keys = frozenset({join.key})
             name = join.name
-            objection = _difference(self._fingerprint, join.fingerprint)
-            if not objection and await self._is_taken(join):
-                objection = f"the name {name!r} is in use by a silo that is there"
+            objection = await self._objection(join)
+            if not objection and join.shard is not None:
+                self._report(name, f"rank {join.shard.rank} of {join.shard.world} is there")
+                met = await self._assembly.meet(channel, join, join.shard)
+                if met is None:
+                    return None  # another rank has spoken for it
+                peer, keys = met
+                peer.check(self._shapes)
         except TimeoutError:
             # The way there may be slow, or its processes were stopped.
             objection, is_final = (
@@ -174,22 +187,34 @@ class Membership:
             )
         except MessageError as exc:
             objection = f"this is no valid request to join: {exc}"
+        except SettingError as exc:
+            objection, is_final = (
+                str(exc),
+                False,
+            )  # of ranks that are not of one kind, some may be gone soon
         except ChannelError as exc:
             self._report(name, f"refused: {exc}")
             return None
         if objection:
             self._report(name, f"refused: {objection}")
-            await channel.send(Refused(objection, is_final))
+            await peer.send(Refused(objection, is_final))
             return None
-        # No await since the name was found free.
-        member = self._members[name] = _Member(name, join.key, channel)
+        # No await since the name was found free: the rank that comes last waits for none.
+        member = self._members[name] = _Member(name, keys, peer)
         self._left.discard(name)
         return member
+
+    async def _objection(self, join: Join) -> str:
+        """Why this silo is not wanted; empty if it is."""
+        difference = _difference(self._fingerprint, join.fingerprint)
+        if not difference and await self._is_taken(join):
+            return f"the name {join.name!r} is in use by a silo that is there"
+        return difference
 
     async def _is_taken(self, join: Join) -> bool:
         """Whether the name's silo is there, and is another one; if not, it is dropped."""
         while (member := self._members.get(join.name)) is not None:
-            if join.key and member.key == join.key:
+            if join.key and join.key in member.keys:
                 # What is left of it is a connection whose end was not seen here.
                 await member.channel.aclose()
                 self._drop(member, "it joined anew")
@@ -220,7 +245,7 @@ class Membership:
 
     # The end
 
-    async def part(self, outgoing: Outgoing, cohort: Collection[str]) -> None:
+    async def part(self, weights: Arrays, cohort: Collection[str]) -> None:
         """Give all members the final weights and say goodbye.
 
         Those of the last `cohort` who are not there, because their connection broke, are waited for for
@@ -236,7 +261,7 @@ class Membership:
                         for member in members - told:
                             told.add(member)
                             goodbye = Goodbye(secrets.randbits(63), not member.is_busy)
-                            group.create_task(self._part_from(member, goodbye, outgoing, expected))
+                            group.create_task(self._part_from(member, goodbye, weights, expected))
                         if not expected - self._left:
                             break
                         self._changed.clear()
@@ -251,17 +276,20 @@ class Membership:
             for member in self._members.values():
                 if member.is_welcome:
                     goodbye = Goodbye(secrets.randbits(63), False, reason)
-                    group.create_task(self._part_from(member, goodbye, None, set()))
+                    group.create_task(self._part_from(member, goodbye, {}, set()))
 
     async def _part_from(
-        self, member: _Member, goodbye: Goodbye, outgoing: Outgoing | None, expected: set[str]
+        self, member: _Member, goodbye: Goodbye, weights: Arrays, expected: set[str]
     ) -> None:
         try:
             async with asyncio.timeout(FINAL_SILENCE_S):
                 await member.channel.send(goodbye)
-            if goodbye.has_weights and outgoing is not None:
+            if goodbye.has_weights:
                 meta = Task(self.round, goodbye.ticket, {}).meta(0)
-                await _send_while_taken(member.channel, outgoing, meta)
+                await all_of(
+                    _send_while_taken(channel, outgoing, meta)
+                    for channel, outgoing in hand_outs(member.channel, weights)
+                )
             expected.discard(member.name)
         except (AiordmaError, TimeoutError) as exc:
             if isinstance(exc, ChannelError):  # it may come back

@@ -14,6 +14,9 @@
 
 A Task that `evaluates` is over with its Ready, or Decline: no Upload and no Commit follow.
 
+The ranks of a sharded silo say all this over a channel each. When all of them have their weights, each is told to
+Begin, and before that none trains: training is one computation of all ranks, which a missing one would stop for ever.
+
 A Task carries a `ticket` drawn for it alone: round numbers may come again (a round that failed is tried
 anew), tickets do not. What bears another ticket than the present one is stale.
 """
@@ -21,11 +24,14 @@ anew), tickets do not. What bears another ticket than the present one is stale.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
+from numpy.typing import NDArray
 
 from fedllm.errors import SettingError
+
+MAX_WORLD: Final = 1 << 16
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[\w.:@-]+\Z")]
 Key = Annotated[str, msgspec.Meta(max_length=64)]
@@ -39,6 +45,36 @@ Metrics = Annotated[
 ]
 
 
+class Shard(msgspec.Struct, frozen=True):
+    """Which part of the weights one rank of a silo holds. `SettingError` for one that makes no sense."""
+
+    rank: Annotated[int, msgspec.Meta(ge=0)]
+    """From 0 to `world` - 1."""
+    world: Annotated[int, msgspec.Meta(ge=1, le=MAX_WORLD)]
+    """How many ranks the silo has."""
+    rows: dict[str, tuple[int, int] | None]
+    """By tensor, the first of its rows (along dimension 0) and the one after the last; None is all of the tensor.
+
+    What is not named the rank does not hold."""
+    replicas: frozenset[str] = frozenset()
+    """Tensors whose rows another rank holds as well, and uploads: this one only receives them."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise SettingError(f"of {self.world} ranks none is number {self.rank}")
+        if unknown := sorted(self.replicas - self.rows.keys()):
+            raise SettingError(
+                f"replicas of tensors that rank {self.rank} does not hold: {unknown[:5]}"
+            )
+
+    def part_of(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Views of the rows that the rank holds. Raises `KeyError` for a tensor that is not there."""
+        return {
+            name: arrays[name] if rows is None else arrays[name][slice(*rows)]
+            for name, rows in self.rows.items()
+        }
+
+
 class Join(msgspec.Struct, frozen=True, tag=True):
     """The silo's first message."""
 
@@ -46,6 +82,8 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     fingerprint: Fingerprint
     key: Key = ""
     """Drawn by the silo, once: who joins with the key of a member is that silo, and takes its place."""
+    shard: Shard | None = None
+    """If the silo is sharded: its ranks join one by one, under one name."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -74,6 +112,12 @@ class Task(msgspec.Struct, frozen=True, tag=True):
     def meta(self, attempt: int) -> dict[str, int]:
         """The `meta` of its transfers; `attempt` is 0 for the weights, an Upload's for the update."""
         return {"round": self.round, "ticket": self.ticket, "attempt": attempt}
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """All ranks of the sharded silo have the task's weights."""
+
+    ticket: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -115,7 +159,7 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
     failure: str = ""
 
 
-ServerMessage: TypeAlias = Task | Upload | Commit | Goodbye
+ServerMessage: TypeAlias = Task | Begin | Upload | Commit | Goodbye
 
 # For Channel.recv, whose `type` is no union for a type checker.
 FROM_SERVER: Any = ServerMessage

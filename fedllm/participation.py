@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import enum
 import itertools
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from aiordma import (
     AiordmaError,
@@ -25,7 +25,7 @@ from aiordma import (
 )
 from fedllm.aggregate import Contribution, check_weight
 from fedllm.errors import RoundAbandoned, StagingError, UpdateError
-from fedllm.messages import FROM_SILO, Commit, Decline, Ready, Task, Upload, is_for
+from fedllm.messages import FROM_SILO, Begin, Commit, Decline, Ready, Task, Upload, is_for
 
 __all__ = [
     "Outcome",
@@ -33,6 +33,7 @@ __all__ = [
     "Ready",
     "Status",
     "Task",
+    "answered",
     "ask",
     "exchange",
     "tell",
@@ -45,6 +46,9 @@ UPLOAD_START_TIMEOUT_S: Final = 60.0
 """How long a silo that said READY may take to begin its upload; from then on aiordma's idle timeout runs."""
 NOTICE_TIMEOUT_S: Final = 10.0
 """How long a silo may take to make room for one small message before it counts as failed."""
+
+
+Begins: TypeAlias = Callable[[], Awaitable[object]]
 
 
 class Status(enum.StrEnum):
@@ -89,6 +93,13 @@ class Outcome:
     def is_busy(self) -> bool:
         """Whether it has yet to answer this round's task, so that it would be late for the next as well."""
         return self.unanswered is not None
+
+
+class Hearer(Protocol):
+    """A channel, or several that are told the same."""
+
+    async def send(self, obj: Any) -> None:
+        """Tell it. Raises an `aiordma` error."""
 
 
 class Participation(Protocol):
@@ -143,18 +154,25 @@ class _Record:
         )
 
 
-async def exchange(channel: Channel, outgoing: Outgoing, contribution: Participation) -> Outcome:
+async def exchange(
+    channel: Channel,
+    outgoing: Outgoing,
+    contribution: Participation,
+    *,
+    begin: Begins | None = None,
+) -> Outcome:
     """One silo's half of a round, on the server's side: task, READY, upload, COMMIT.
 
     `outgoing` are the prepared global weights, which any number of exchanges may share. Has no deadline of its
     own: cancel it, which aborts the contribution and leaves the channel usable; the silo is then to be told by
     a `Commit` that is not accepted, or by the next task. All that goes wrong with the silo is returned.
+    `begin` is awaited when the silo has the weights.
     """
     record = _Record()
     task = contribution.task
     error: Exception | None = None
     try:
-        await _hand_out(channel, outgoing, task, record)
+        await _hand_out(channel, outgoing, task, record, begin)
         record.doing = "waiting for READY"
         record.report = await _receive_report(channel, task)
         record.doing = "waiting for the cohort"
@@ -179,15 +197,17 @@ async def exchange(channel: Channel, outgoing: Outgoing, contribution: Participa
     return record.outcome(status, error, None if is_answered else task.ticket)
 
 
-async def ask(channel: Channel, outgoing: Outgoing, task: Task) -> Outcome:
+async def ask(
+    channel: Channel, outgoing: Outgoing, task: Task, *, begin: Begins | None = None
+) -> Outcome:
     """One silo's half of an evaluation: the weights go there, its metrics come back; nothing is uploaded.
 
     Has no deadline of its own: cancel it, which leaves the channel usable. All that goes wrong with the silo is
-    returned.
+    returned. `begin` is awaited when the silo has the weights.
     """
     record = _Record()
     try:
-        await _hand_out(channel, outgoing, task, record)
+        await _hand_out(channel, outgoing, task, record, begin)
         record.doing = "waiting for its metrics"
         record.report = await _receive_report(channel, task)
         check_weight(record.report.weight)
@@ -199,13 +219,18 @@ async def ask(channel: Channel, outgoing: Outgoing, task: Task) -> Outcome:
         return record.outcome(Status.FAILED, exc, None if is_answered else task.ticket)
 
 
-async def _hand_out(channel: Channel, outgoing: Outgoing, task: Task, record: _Record) -> None:
+async def _hand_out(
+    channel: Channel, outgoing: Outgoing, task: Task, record: _Record, begin: Begins | None
+) -> None:
     loop = asyncio.get_running_loop()
     started = loop.time()
     await channel.send(task)
-    await channel.send_tensors(outgoing, meta=task.meta(0))
+    await channel.send_tensors(outgoing, meta=task.meta(0), confirm=begin is not None)
     record.sent_bytes = outgoing.manifest.total_bytes
     record.sent_seconds = loop.time() - started
+    if begin is not None:
+        record.doing = "waiting for the other ranks"
+        await begin()
 
 
 async def _receive_report(channel: Channel, task: Task) -> Ready:
@@ -283,8 +308,15 @@ async def turn_away(transfer: Transfer, reason: str) -> None:
         await transfer.refuse(reason)
 
 
-async def tell(channel: Channel, message: Commit) -> Exception | None:
-    """Send the last word of a round; what went wrong, if the silo cannot hear it."""
+async def answered(channel: Channel, ticket: int) -> None:
+    """Wait for the silo's answer to a task, whatever it is: it came too late to count."""
+    # One to an earlier task may come before: a Decline of an upload that was not waited for any more.
+    while (await channel.recv(FROM_SILO)).ticket != ticket:
+        pass
+
+
+async def tell(channel: Hearer, message: Commit | Begin) -> Exception | None:
+    """Send a word that is not answered, as the last one of a round; what went wrong, if the silo cannot hear it."""
     try:
         async with asyncio.timeout(NOTICE_TIMEOUT_S):
             await channel.send(message)

@@ -17,12 +17,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from aiordma import Channel, prepare
+from aiordma import prepare
 from fedllm.aggregate import Aggregation, Arrays, Contribution
 from fedllm.config import check_seconds
 from fedllm.errors import QuorumNotReached, RoundAbandoned, SettingError
 from fedllm.messages import Commit, Ready, Task, check_arguments
 from fedllm.participation import Outcome, Status, exchange, tell, without_traceback
+from fedllm.shards import Peer, Shards
 from fedllm.strategy import Strategy
 
 __all__ = ["RoundResult", "run_round"]
@@ -42,7 +43,7 @@ class RoundResult:
 
 
 async def run_round(
-    channels: Mapping[str, Channel],
+    channels: Mapping[str, Peer],
     weights: Arrays,
     *,
     round: int,
@@ -52,7 +53,7 @@ async def run_round(
     upload_deadline_s: float | None = None,
     arguments: Mapping[str, object] | None = None,
 ) -> RoundResult:
-    """One round with the silos behind `channels`, by name; `weights` are not changed.
+    """One round with the silos behind `channels`, by name; `weights` are not changed. Sharded silos have `Shards`.
 
     From the task to READY it may take `train_deadline_s`, and from there to the whole update `upload_deadline_s`; if
     all have to upload once more because a silo fell out (`Aligned`), the second begins anew.
@@ -120,7 +121,7 @@ class _Round:
 
     def __init__(
         self,
-        channels: Mapping[str, Channel],
+        channels: Mapping[str, Peer],
         weights: Arrays,
         task: Task,
         strategy: Strategy,
@@ -155,8 +156,12 @@ class _Round:
         loop = asyncio.get_running_loop()
         started = loop.time()
         outgoing = prepare(self._weights)
-        for name, channel in self._channels.items():
-            task = loop.create_task(exchange(channel, outgoing, self._places[name]))
+        for name, peer in self._channels.items():
+            place = self._places[name]
+            if isinstance(peer, Shards):
+                task = loop.create_task(peer.exchange(self._weights, place))
+            else:
+                task = loop.create_task(exchange(peer, outgoing, place))
             task.add_done_callback(lambda _: self._changed.set())
             self._exchanges[name] = task
         weights: dict[str, NDArray[Any]] = {}

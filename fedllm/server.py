@@ -71,7 +71,8 @@ class Server:
         `on_round` and `on_evaluation` are called (and awaited, if they return an awaitable) after each round that
         succeeded and is saved, and each evaluation; a server that dies just before has not called them, and one that
         resumes does not call them again. `on_silo` is called with a silo's name, or the address of one that has none,
-        and what became of it: "joined", "refused: ...", "caught up" (it was late), "gone: ...". What they raise ends
+        and what became of it: "rank 0 of 2 is there" (if it is sharded), "joined", "refused: ...",
+        "caught up" (it was late), "gone: ...". What they raise ends
         the run, or that silo's membership.
 
         Raises `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such that cannot be
@@ -89,7 +90,7 @@ class Server:
         self._on_round = on_round
         self._on_evaluation = on_evaluation
         self._config = config
-        self._members = Membership(settings, fingerprint, on_silo)
+        self._members = Membership(settings, fingerprint, self._weights, on_silo)
         self._records: list[RoundRecord] = []
         self._progress = Progress()
         self._saved: Progress | None = None
@@ -192,7 +193,7 @@ class Server:
             except QuorumNotReached as exc:
                 await self._members.give_up(exc.reason)
                 raise
-            await self._members.part(prepare(self._weights), self._progress.cohort)
+            await self._members.part(self._weights, self._progress.cohort)
             return self.history
         finally:
             await self.aclose()

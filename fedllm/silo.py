@@ -15,7 +15,7 @@ from aiordma import Channel, MessageError, Outgoing, prepare
 from fedllm.conversation import Conversation
 from fedllm.errors import FedError, RunFailed, ServerLost, SettingError
 from fedllm.kept import Kept, identify
-from fedllm.messages import Commit, Decline, Goodbye, Ready, Task, Upload, Welcome
+from fedllm.messages import Begin, Commit, Decline, Goodbye, Ready, Shard, Task, Upload, Welcome
 
 __all__ = ["Evaluate", "EvaluationTask", "Report", "RoundTask", "Silo"]
 
@@ -66,9 +66,11 @@ class Silo:
         total_rounds: int | None = None,
         return_to: Callable[[ServerLost], Awaitable[tuple[Channel, Welcome]]] | None = None,
         kept: Kept | None = None,
+        shard: Shard | None = None,
         on_event: Callable[[str], object] | None = None,
     ) -> None:
-        """`return_to` is how to get back to a server that was lost, `kept` where updates are kept; see `join`."""
+        """`return_to` is how to get back to a server that was lost, `kept` where updates are kept, `shard` what
+        this rank of a sharded silo holds; see `join`."""
         self.name = name
         self.run = run
         """The server's name for the run."""
@@ -81,6 +83,7 @@ class Silo:
         """The ticket of the last task, until it has its Ready or Decline."""
         self._return_to = return_to
         self._kept = kept
+        self._shard = shard
         self._on_event = on_event
 
     async def rounds(self, evaluate: Evaluate | None = None) -> AsyncGenerator[RoundTask, None]:
@@ -132,12 +135,29 @@ class Silo:
             weights = await self._talk.receive_weights(message.ticket)
             if weights is None:
                 await self.say(Decline(message.ticket, "the weights did not arrive"))
+            elif not await self._may_begin(message.ticket):
+                continue  # and decline
             elif message.evaluates:
                 await self._judge(message, weights, evaluate)
             else:
                 task = await self._begin(message, weights)
                 if task is not None:
                     return task
+
+    async def _may_begin(self, ticket: int) -> bool:
+        """Whether all ranks of this silo have their weights; if it is not sharded, it has."""
+        if self._shard is None:
+            return True
+        # The server says nothing else first, unless the silo is out of the round: then no rank begins.
+        if await self._talk.peek() != Begin(ticket):
+            return False
+        await self._talk.hear()
+        return True
+
+    def to_upload(self, update: Mapping[str, object]) -> Mapping[str, object]:
+        """The update without what another rank of this silo uploads."""
+        elsewhere = frozenset[str]() if self._shard is None else self._shard.replicas
+        return {name: value for name, value in update.items() if name not in elsewhere}
 
     async def _judge(
         self, message: Task, weights: dict[str, NDArray[Any]], evaluate: Evaluate | None
@@ -210,6 +230,8 @@ class Silo:
             if isinstance(message, Commit):
                 accepted, reason = message.accepted, message.reason
                 break
+            if not isinstance(message, Upload):
+                continue
             started = loop.time()
             is_uploaded = await self._talk.upload(outgoing, task.meta(message.attempt))
             seconds += loop.time() - started
@@ -280,7 +302,7 @@ class RoundTask:
         waits.
         """
         self._check_unanswered()
-        outgoing = prepare(_in_order_of(self.weights, update))
+        outgoing = prepare(self._silo.to_upload(_in_order_of(self.weights, update)))
         ready = _report(self._task.ticket, weight, norm, metrics or {})
         await self._silo.keep(self._identity, update, ready)
         return await self.hand_in(outgoing, ready)

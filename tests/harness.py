@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import importlib
 import random
 import socket
@@ -262,6 +263,7 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 
 async def verbs_lanes(*rings: Ring) -> tuple[Lane, Lane]:
     """Two lanes over queue pairs of this machine's first device."""
+    gc.collect()  # users of lanes know each other: the rings of those before, all pinned, are in circles
     verbs = importlib.import_module("aiordma.lanes.verbs")
     choice = choose(verbs.survey())
     limits = limits_of(ChannelConfig(slot_bytes=LARGE), list(rings))

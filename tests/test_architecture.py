@@ -94,7 +94,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
-    " fedllm.server fedllm.silo fedllm.joining fedllm.threads",
+    " fedllm.messages fedllm.shards fedllm.server fedllm.silo fedllm.joining fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -104,14 +104,17 @@ ROOMS: Mapping[str, str] = {
     "fedllm.aligned": f"aiordma {BELOW_STRATEGY}",
     "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
     "fedllm.threads": "",
-    "fedllm.adapters": "fedllm.errors",
+    "fedllm.dtensors": "fedllm.errors fedllm.messages",
+    "fedllm.adapters": "fedllm.errors fedllm.messages fedllm.dtensors",
     "fedllm.trainers": "fedllm.threads",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
-    "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
-    "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds",
+    "fedllm.shards": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.staged fedllm.participation",
+    "fedllm.assembly": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.shards",
+    "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards",
+    "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.rounds",
     "fedllm.history": "fedllm.participation fedllm.rounds",
-    "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
+    "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly",
     "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
     " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint",
     "fedllm.backoff": "fedllm.errors fedllm.config",
@@ -130,9 +133,10 @@ ROOMS: Mapping[str, str] = {
 GUESTS: Mapping[str, str] = {
     # third party or standard library: the only modules that may import it, anywhere in their text
     "pyverbs": "aiordma.lanes.verbs*",
-    "torch": "fedllm.adapters fedllm.demo.*",
+    "torch": "fedllm.adapters fedllm.dtensors fedllm.demo.*",
     "peft": "fedllm.adapters fedllm.demo.*",
     "transformers": "fedllm.adapters fedllm.trainers fedllm.demo.*",
+    "accelerate": "",
     "pickle": "",
 }
 LAZY_GUESTS = {("aiordma.tensors", "torch")}

@@ -71,7 +71,7 @@ def test_a_host_on_which_all_is_well():
         ),
         "ok     permissions     /dev/infiniband/uverbs0 (mlx5_0) may be opened",
         "ok     memlock         unlimited; a lane of the default settings registers 20.1 MiB",
-        "ok     fork            the kernel copies registered memory at a fork",
+        "ok     fork            the kernel copies registered memory at a fork, and a child may use its copy",
         (
             "ok     mlx5_0          firmware 16.35; regions of 1 TiB, 1000 queue pairs of 16384 work requests, "
             "completion queues of 65535"
@@ -146,7 +146,10 @@ WRONG = {
     ),
     "no fork support": (
         {"fork": "disabled"},
-        "fork  fork support cannot be had: use Linux 5.12 or later, and rdma-core 35 or later, which need none",
+        (
+            "fork  after a fork a device may go on with pages that the program no longer has: use Linux 5.13 or "
+            "later, which copies registered memory at a fork; or fork before"
+        ),
     ),
     "no driver": (
         {"described": (), "driverless": ("mlx5_0",)},
@@ -233,6 +236,13 @@ NOTED = {
             "pyverbs  59.0, /lib/pyverbs; it fits rdma-core 44.0, untested: aiordma is run on 44 and 59, each "
             "with its own "
             "pyverbs"
+        ),
+    ),
+    "forks that copy nothing": (
+        {"fork": "enabled"},
+        (
+            "fork  a forked child has no registered memory, nor what else lies on its pages (SIGSEGV): use Linux 5.13 "
+            "or later, which copies registered memory at a fork; or fork before"
         ),
     ),
     "no windows": (

@@ -88,6 +88,8 @@ FEDLLM = {
     "Server",
     "ServerLost",
     "SettingError",
+    "Shard",
+    "Shards",
     "Silo",
     "Staged",
     "StagingError",

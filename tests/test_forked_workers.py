@@ -117,7 +117,9 @@ async def test_a_channel_ends_though_forked_workers_hold_its_sockets(
     def on_round(result: RoundResult) -> None:
         results.append(result)
         if result.round == 1:
-            channels.append(server._members.free()["forks"])
+            channel = server._members.free()["forks"]
+            assert isinstance(channel, Channel)
+            channels.append(channel)
         elif breaks:  # what no server says, so that the silo ends the channel without a word
             channels[0]._link._control.write(b"\xff" * 64)
 

@@ -173,15 +173,17 @@ def check_lock_limit(facts: Facts) -> Iterator[Finding]:
 
 
 def check_fork(facts: Facts) -> Iterator[Finding]:
-    """Whether programs may fork while memory is registered."""
-    if facts.fork == "disabled":
-        remedy = "use Linux 5.12 or later, and rdma-core 35 or later, which need none"
-        yield Finding("wrong", "fork", "fork support cannot be had", remedy)
+    """What a fork does to registered memory."""
+    remedy = "use Linux 5.13 or later, which copies registered memory at a fork; or fork before"
+    if facts.fork == "unneeded":
+        text = "the kernel copies registered memory at a fork, and a child may use its copy"
+        yield Finding("ok", "fork", text)
     elif facts.fork == "enabled":
-        remedy = "release it before, or use Linux 5.12 or later, which copies it"
-        yield Finding("note", "fork", "forked children do not have registered memory", remedy)
+        text = "a forked child has no registered memory, nor what else lies on its pages (SIGSEGV)"
+        yield Finding("note", "fork", text, remedy)
     elif facts.fork:
-        yield Finding("ok", "fork", "the kernel copies registered memory at a fork")
+        text = "after a fork a device may go on with pages that the program no longer has"
+        yield Finding("wrong", "fork", text, remedy)
 
 
 def check_devices(facts: Facts) -> Iterator[Finding]:

@@ -189,7 +189,7 @@ def _describe(verbs: Any, devices: Iterable[str]) -> dict[str, Any]:
     """The facts that libibverbs has."""
     fork, described, driverless, failures = "", [], [], {}
     if verbs is not None:
-        fork = _fork(verbs)
+        fork = verbs.fork_support()
         for device in devices:
             try:
                 if device in verbs.names():
@@ -204,10 +204,3 @@ def _describe(verbs: Any, devices: Iterable[str]) -> dict[str, Any]:
         "driverless": tuple(driverless),
         "failures": failures,
     }
-
-
-def _fork(verbs: Any) -> str:
-    try:
-        return str(verbs.fork_support())
-    except LaneRefused:
-        return "disabled"

@@ -12,6 +12,7 @@ import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, Protocol
@@ -34,6 +35,12 @@ _Key = tuple[int, int, int]
 """Address, bytes, and the owner's identity."""
 
 
+@dataclass(eq=False)
+class _Holders:
+    count: int = 1
+    """How often it was asked for and not released."""
+
+
 class _Entry(NamedTuple):
     region: Region
     is_writable: bool
@@ -41,8 +48,7 @@ class _Entry(NamedTuple):
     memory: memoryview | None
     """Kept, so that no other memory gets its address while the owner lives: `parameter.data = ...` lets go of it.
     None if that would keep the owner alive."""
-    holders: set[object]
-    """One for each that asked for it and has not released it."""
+    holders: _Holders
 
 
 class Registry:
@@ -66,18 +72,17 @@ class Registry:
         return len(self._entries)
 
     def add(self, owner: object, memory: memoryview) -> Callable[[], None]:
-        """Register memory for as long as its owner lives, or until what is returned is called, by all who asked.
+        """Register memory for as long as its owner lives, or until what is returned is called, once by each who asked.
 
         Once, however often this is called. What was asked for least recently makes room. Raises
         `RegistrationError` for more than the limit, and for an owner whose end cannot be watched.
         """
         address = address_of(memory)
         key = (address, memory.nbytes, id(owner))
-        holder = object()
         if entry := self._entries.get(key):
             self._entries.move_to_end(key)
-            entry.holders.add(holder)
-            return partial(self._release, key, entry.holders, holder)
+            entry.holders.count += 1
+            return partial(self._release, key, entry.holders)
         if memory.nbytes > self._limit_bytes:
             raise RegistrationError(
                 f"{memory.nbytes} bytes are more than registered_bytes={self._limit_bytes} allows: raise it, or "
@@ -95,10 +100,10 @@ class Registry:
         is_writable = not memory.readonly
         region = self._register(address, memory.nbytes, is_writable)
         kept = None if _holds(memory, owner) else memory
-        holders = {holder}
+        holders = _Holders()
         self._entries[key] = _Entry(region, is_writable, watch, kept, holders)
         self._sorted = []
-        return partial(self._release, key, holders, holder)
+        return partial(self._release, key, holders)
 
     def find(self, memory: memoryview, *, is_to_write: bool = False) -> Piece | None:
         """This memory as a piece of what is registered (to be written to), if it lies within."""
@@ -125,10 +130,10 @@ class Registry:
         """Forget everything."""
         self._entries.clear()
 
-    def _release(self, key: _Key, holders: set[object], holder: object) -> None:
-        holders.discard(holder)
+    def _release(self, key: _Key, holders: _Holders) -> None:
+        holders.count -= 1
         entry = self._entries.get(key)
-        if entry is not None and entry.holders is holders and not holders:
+        if entry is not None and entry.holders is holders and not holders.count:
             self._forget(key)
 
     def _forget(self, key: _Key) -> None:

@@ -72,6 +72,14 @@ def seconds(text: str) -> float:
     return number
 
 
+def ratio(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
+
+
 def name(text: str) -> str:
     """A silo's name."""
     if not re.fullmatch(r"[\w.-]+", text):

@@ -15,7 +15,7 @@ from fedllm.demo.crew import Crew
 from fedllm.demo.events import Event, Judged, Listening
 from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.screen import Screen
-from fedllm.demo.verdict import BASE, FEDERATED, Verdict
+from fedllm.demo.verdict import BASE, FEDERATED, PERSONAL, Verdict
 
 HOST = "127.0.0.1"
 EXIT_NOT_BETTER = 3
@@ -25,9 +25,16 @@ RATES_GIVEN = {"lora": 1e-3, "full": 5e-5}
 """Usual for a base that has read much more."""
 
 
+OWN_FACTORS = ("*.lora_B",)
+"""Of each LoRA pair A is shared and B stays: FedSA-LoRA (Guo et al. 2024, arXiv:2410.01463)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What `demo` is told. `silos` maps names to texts; `lr` None means a rate that suits."""
+    """What `demo` is told. `silos` maps names to texts; `lr` None means a rate that suits.
+
+    `keep_local` empty means layers that suit, if the demo knows the model's.
+    """
 
     out: Path
     mode: str
@@ -42,6 +49,7 @@ class DemoOptions:
     pretrain_steps: int
     width: int
     layers: int
+    keep_local: Sequence[str] = ()
 
     @property
     def base(self) -> str:
@@ -51,6 +59,17 @@ class DemoOptions:
     def learning_rate(self) -> float:
         rates = RATES_MADE if self.model is None else RATES_GIVEN
         return rates[self.mode] if self.lr is None else self.lr
+
+    @property
+    def local_layers(self) -> tuple[str, ...]:
+        """What stays at each silo in the personalised run; nothing: there is no such run."""
+        if self.keep_local or self.mode == "lora":
+            return tuple(self.keep_local) or OWN_FACTORS
+        return () if self.model else (f"transformer.h.{self.layers - 1}", "transformer.ln_f")
+
+    def personal(self, silo: str) -> Path:
+        """Where a silo's personalised model is."""
+        return self.out / PERSONAL / silo
 
     def text(self, silo: str) -> str:
         """Where `prepare` puts a silo's text."""
@@ -78,15 +97,21 @@ async def _conduct(
     async with Crew(
         command, environment=environment, logs=options.out / "logs", on_event=federation.hear
     ) as crew:
-        screen.begin("1 of 4: the base model, and each silo's text")
+        screen.begin("1 of 5: the base model, and each silo's text")
         await crew.run("prepare", *_prepare_arguments(options))
-        screen.begin(f"2 of 4: {options.rounds} federated rounds")
+        screen.begin(f"2 of 5: {options.rounds} federated rounds")
         await federation.train(crew)
-        screen.begin("3 of 4: each silo alone, with the same steps and settings")
+        if options.local_layers:
+            kept = " ".join(options.local_layers)
+            screen.begin(f"3 of 5: the same, but each silo keeps to itself: {kept}")
+            await federation.train(crew, personal=True)
+        else:
+            screen.begin("3 of 5 is left out: no --keep-local says which layers stay at a silo")
+        screen.begin("4 of 5: each silo alone, with the same steps and settings")
         async with asyncio.TaskGroup() as together:
             for silo in options.silos:
                 together.create_task(crew.run(f"{silo}-alone", *_alone_arguments(options, silo)))
-        screen.begin("4 of 4: every model on every silo's held-out text")
+        screen.begin("5 of 5: every model on every silo's held-out text")
         await crew.run("judge", *_judge_arguments(options))
     verdict = Verdict.of(tuple(options.silos), federation.judged)
     with (options.out / "metrics.jsonl").open("a") as lines:
@@ -106,7 +131,7 @@ class _Federation:
         self.judged: list[Judged] = []
         self._options = options
         self._screen = screen
-        self._port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._port: asyncio.Future[int]
 
     def hear(self, name: str, event: Event) -> None:
         """Take one event of one child, and show it."""
@@ -117,14 +142,18 @@ class _Federation:
                 self._port.set_result(port)
         self._screen.show(name, event)
 
-    async def train(self, crew: Crew) -> None:
+    async def train(self, crew: Crew, *, personal: bool = False) -> None:
         """Run the server and every silo to their end, all at once."""
         options = self._options
+        self._port = asyncio.get_running_loop().create_future()
+        suffix = f"-{PERSONAL}" if personal else ""
         async with asyncio.TaskGroup() as together:
-            together.create_task(crew.run("server", *_serve_arguments(options)))
+            serving = _serve_arguments(options, personal)
+            together.create_task(crew.run(f"server{suffix}", *serving))
             port = await self._port
             for silo in options.silos:
-                together.create_task(crew.run(silo, *_join_arguments(options, silo, port)))
+                joining = _join_arguments(options, silo, port, personal)
+                together.create_task(crew.run(f"{silo}{suffix}", *joining))
 
 
 def _tuning(options: DemoOptions) -> list[str]:
@@ -147,19 +176,24 @@ def _prepare_arguments(options: DemoOptions) -> list[str]:
     ]
 
 
-def _serve_arguments(options: DemoOptions) -> list[str]:
+def _serve_arguments(options: DemoOptions, personal: bool) -> list[str]:
     return [
-        *("serve", "--base", options.base, "--out", str(options.out)),
+        *("serve", "--base", options.base),
+        *("--out", str(options.out / PERSONAL if personal else options.out)),
         *("--host", HOST, "--port", "0", "--min-silos", str(len(options.silos))),
         *_tuning(options),
+        *(("--keep-local", *options.local_layers) if personal else ()),
     ]
 
 
-def _join_arguments(options: DemoOptions, silo: str, port: int) -> list[str]:
-    return [
+def _join_arguments(options: DemoOptions, silo: str, port: int, personal: bool) -> list[str]:
+    arguments = [
         *("join", "--server", f"{HOST}:{port}", "--name", silo, "--mode", options.mode),
         *("--base", options.base, "--text", options.text(silo)),
     ]
+    if personal:
+        arguments += ["--keep-local", *options.local_layers, "--out", str(options.personal(silo))]
+    return arguments
 
 
 def _alone_arguments(options: DemoOptions, silo: str) -> list[str]:
@@ -176,9 +210,11 @@ def _judge_arguments(options: DemoOptions) -> list[str]:
         **{f"{silo}-alone": str(options.out / "alone" / silo) for silo in options.silos},
         FEDERATED: str(options.out / FEDERATED),
     }
+    personal = options.silos if options.local_layers else ()
     return [
         *("judge", "--base", options.base, "--mode", options.mode),
         *("--models", *(f"{name}={folder}" for name, folder in models.items())),
         *("--texts", *(f"{silo}={options.text(silo)}" for silo in options.silos)),
+        *("--personal", *(f"{silo}={options.personal(silo)}" for silo in personal)),
         *("--eval-tokens", str(options.eval_tokens)),
     ]

@@ -1,16 +1,19 @@
 """`python -m fedllm join`: one silo, training on text that never leaves it."""
 
 import asyncio
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import torch
 
-from fedllm import Backoff, EvaluationTask, join
+from fedllm import Backoff, EvaluationTask, RoundTask, join, run_in_thread
 from fedllm.adapters import Arrays
+from fedllm.checkpoint import load_checkpoint, save_checkpoint
 from fedllm.demo.events import Report, Said, Step, Wrote
 from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
@@ -19,12 +22,15 @@ from fedllm.demo.text import read_split
 from fedllm.demo.training import (
     LONGEST_WINDOW_TOKENS,
     Assignment,
+    Judgement,
     Tokens,
+    TooLittleText,
     encode,
     judge,
     round_seed,
     train,
 )
+from fedllm.demo.verdict import perplexity
 from fedllm.errors import FedError
 
 MAX_JUDGED_TOKENS = 24_576
@@ -45,13 +51,15 @@ class JoinOptions:
     out: Path | None
     keep: Path | None
     retry: float
+    keep_local: Sequence[str] = ()
+    refuse_above: float | None = None
 
 
 def take_part(options: JoinOptions, report: Report) -> None:
     """Join a server and train in every round as it asks, until the run is over.
 
-    With `out`, the run's final adapter (or model) is written there. SIGINT and SIGTERM leave the
-    run, after the training step in progress.
+    With `out`, the run's final adapter (or model), with this silo's own layers in it, is written
+    there. SIGINT and SIGTERM leave the run, after the training step in progress.
     """
     silence()
     torch.set_num_threads(options.threads)
@@ -60,10 +68,13 @@ def take_part(options: JoinOptions, report: Report) -> None:
     tokens = encode(base.tokenizer, text.training)
     held_out = encode(base.tokenizer, text.held_out)
     report(Said(f"{len(tokens):,} tokens to train on"))
-    learner = prepare_learner(base, options.mode, seed=0)  # the server's weights replace these
-    final = run_interruptibly(_Silo(options, learner, tokens, held_out, report).take_part())
-    if options.out is not None and final is not None:
-        learner.load(final)
+    # The server's weights replace these, but for the layers that stay here.
+    learner = prepare_learner(base, options.mode, seed=0, keep_local=options.keep_local)
+    if options.refuse_above is not None and len(held_out) < base.block_tokens:
+        raise TooLittleText("--refuse-above needs held-out text to judge by: give this silo more")
+    silo = _Silo(options, learner, tokens, held_out, report)
+    has_final = run_interruptibly(silo.take_part())
+    if options.out is not None and has_final:
         learner.save(options.out)
         report(Wrote("the federated model", str(options.out)))
 
@@ -83,9 +94,10 @@ class _Silo:
         self._held_out = held_out
         self._report = report
 
-    async def take_part(self) -> Arrays | None:
-        """Every round until the run is over; the final weights, if the server sent them."""
+    async def take_part(self) -> bool:
+        """Every round until the run is over; whether the server then sent its final weights."""
         options, learner = self._options, self._learner
+        await asyncio.to_thread(self._restore)
         async with join(
             options.host,
             options.port,
@@ -97,45 +109,93 @@ class _Silo:
         ) as silo:
             can_judge = len(self._held_out) >= LONGEST_WINDOW_TOKENS
             async for task in silo.rounds(self._evaluate if can_judge else None):
-                assignment = _assignment(task.arguments)
-                learner.load(task.weights)
-                loss = await self._train(task.round, assignment)
-                # Views, not copies: nothing trains until the next round, after the commit.
-                update = learner.arrays()
-                recipe = assignment.recipe
-                weight = recipe.steps * recipe.batch
-                verdict = await task.submit(update, weight=weight, metrics={"loss": loss})
-                if not verdict.accepted:
-                    self._report(Said(f"not taken in round {task.round}: {verdict.reason}"))
-            return silo.final
+                await self._do(task)
+            if silo.final is not None:
+                await self._adopt(silo.final, "the last round")
+            return silo.final is not None
 
-    async def _evaluate(self, task: EvaluationTask) -> tuple[float, dict[str, float]]:
-        """The loss on held-out text, in nats a token."""
-        self._learner.load(task.weights)
-        judgement = await asyncio.to_thread(
-            judge,
+    async def _do(self, task: RoundTask) -> None:
+        assignment = _assignment(task.arguments)
+        await self._adopt(task.weights, f"round {task.round}")
+        loss = await run_in_thread(partial(self._train, task.round, assignment))
+        await asyncio.to_thread(self._save, task.round)
+        # Views, not copies: nothing trains until the next round, after the commit.
+        update = self._learner.arrays()
+        weight = assignment.recipe.steps * assignment.recipe.batch
+        verdict = await task.submit(update, weight=weight, metrics={"loss": loss})
+        if not verdict.accepted:
+            self._report(Said(f"not taken in round {task.round}: {verdict.reason}"))
+
+    async def _adopt(self, weights: Arrays, when: str) -> None:
+        """Load the global weights, unless they are worse here than this silo allows: then its own stay."""
+        limit = self._options.refuse_above
+        if limit is not None:
+            mine, theirs = await run_in_thread(lambda stop: self._compare(weights))
+            if (
+                math.isnan(theirs) or theirs > limit * mine
+            ):  # if ours is no number, theirs is better
+                self._report(
+                    Said(
+                        f"{when}: refuses the server's weights, of perplexity {theirs:.1f} here; "
+                        f"its own stay, of {mine:.1f}"
+                    )
+                )
+                return
+        self._learner.load(weights)
+
+    def _compare(self, weights: Arrays) -> tuple[float, float]:
+        """Perplexity on held-out text: of this silo's own weights, and of the server's."""
+        block_tokens = self._learner.base.block_tokens
+        mine = self._judge(block_tokens)
+        with self._learner.on_trial(weights):
+            theirs = self._judge(block_tokens)
+        return perplexity(mine.nats, mine.tokens), perplexity(theirs.nats, theirs.tokens)
+
+    def _judge(self, block_tokens: int) -> Judgement:
+        return judge(
             self._learner.model,
             self._held_out,
-            block_tokens=_assignment(task.arguments).recipe.block_tokens,
+            block_tokens=block_tokens,
             limit_tokens=MAX_JUDGED_TOKENS,
         )
+
+    async def _evaluate(self, task: EvaluationTask) -> tuple[float, dict[str, float]]:
+        """The loss on held-out text, in nats a token; this silo's own weights stay."""
+
+        def evaluate(stop: threading.Event) -> Judgement:
+            with self._learner.on_trial(task.weights):
+                return self._judge(_assignment(task.arguments).recipe.block_tokens)
+
+        judgement = await run_in_thread(evaluate)
         return judgement.tokens, {"loss": judgement.nats / judgement.tokens}
 
-    async def _train(self, round: int, assignment: Assignment) -> float:
-        stop = threading.Event()
+    def _train(self, round: int, assignment: Assignment, stop: threading.Event) -> float:
         steps = assignment.recipe.steps
-        try:
-            return await asyncio.to_thread(
-                train,
-                self._learner.model,
-                self._tokens,
-                assignment.recipe,
-                seed=round_seed(assignment.seed, self._options.name, round),
-                on_step=lambda step, loss: self._report(Step(f"round {round}", step, steps, loss)),
-                stop=stop,
-            )
-        finally:
-            stop.set()  # a thread cannot be cancelled: it looks at this before each step
+        return train(
+            self._learner.model,
+            self._tokens,
+            assignment.recipe,
+            seed=round_seed(assignment.seed, self._options.name, round),
+            on_step=lambda step, loss: self._report(Step(f"round {round}", step, steps, loss)),
+            stop=stop,
+        )
+
+    def _restore(self) -> None:
+        """Take up the weights that are this silo's own: only a folder outlives the process."""
+        folder, name = self._options.keep, f"own-{self._options.name}"
+        if self._has_own and folder is not None and (folder / f"{name}.json").exists():
+            whole = self._learner.whole()
+            weights, _ = load_checkpoint(folder, name, whole.arrays())
+            whole.load(weights)
+
+    def _save(self, round: int) -> None:
+        folder, name = self._options.keep, f"own-{self._options.name}"
+        if self._has_own and folder is not None:
+            save_checkpoint(folder, name, self._learner.whole().arrays(), {"round": round})
+
+    @property
+    def _has_own(self) -> bool:
+        return bool(self._options.keep_local) or self._options.refuse_above is not None
 
 
 def _assignment(arguments: Mapping[str, object]) -> Assignment:

@@ -1,8 +1,9 @@
 """One base model under one way of fine-tuning: what a silo trains and a server averages."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,11 @@ from fedllm.adapters import (
     Arrays,
     fingerprint,
     full_arrays,
+    full_on_trial,
     load_full,
     load_lora,
     lora_arrays,
+    lora_on_trial,
     save_lora,
 )
 from fedllm.demo.model import Base
@@ -46,24 +49,38 @@ def lora_config(model: nn.Module) -> LoraConfig:
 
 @dataclass(frozen=True)
 class Learner:
-    """A model whose trainable part goes in and out as named arrays."""
+    """A model whose trainable part goes in and out as named arrays.
+
+    What `keep_local` means is trained here, and neither goes out nor comes in; see `fedllm.adapters`.
+    """
 
     base: Base
     model: PeftModel | nn.Module
     fingerprint: dict[str, str]
+    keep_local: tuple[str, ...] = ()
 
     def arrays(self) -> Arrays:
-        """Views of what is trained; see `fedllm.adapters` for how long they live."""
+        """Views of what is shared; see `fedllm.adapters` for how long they live."""
         if isinstance(self.model, PeftModel):
-            return lora_arrays(self.model)
-        return full_arrays(self.model)
+            return lora_arrays(self.model, keep_local=self.keep_local)
+        return full_arrays(self.model, keep_local=self.keep_local)
 
     def load(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Copy arrays of the same names and shapes into what is trained."""
+        """Copy arrays of the same names and shapes into what is shared."""
         if isinstance(self.model, PeftModel):
-            load_lora(self.model, arrays)
+            load_lora(self.model, arrays, keep_local=self.keep_local)
         else:
-            load_full(self.model, arrays)
+            load_full(self.model, arrays, keep_local=self.keep_local)
+
+    def on_trial(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> AbstractContextManager[None]:
+        """Compute with these arrays within the block, and be as before after it."""
+        if isinstance(self.model, PeftModel):
+            return lora_on_trial(self.model, arrays, keep_local=self.keep_local)
+        return full_on_trial(self.model, arrays, keep_local=self.keep_local)
+
+    def whole(self) -> "Learner":
+        """The same model with all that is trained, what stays here included."""
+        return replace(self, keep_local=())
 
     def save(self, directory: Path) -> None:
         """Write the adapter (peft's two files), or model and tokenizer as transformers does."""
@@ -75,18 +92,21 @@ class Learner:
                 self.base.tokenizer.save_pretrained(part)
 
 
-def prepare_learner(base: Base, mode: Mode, *, seed: int) -> Learner:
+def prepare_learner(
+    base: Base, mode: Mode, *, seed: int, keep_local: Collection[str] = ()
+) -> Learner:
     """Make `base` trainable: a seeded, untrained adapter over frozen weights, or all weights.
 
     `base.model` is changed in place (that is peft's way); an untrained adapter computes nothing.
     """
+    local = tuple(keep_local)
     if mode == "full":
-        prints = fingerprint(base.model, base.tokenizer, None)
-        return Learner(base, base.model, prints)
+        prints = fingerprint(base.model, base.tokenizer, None, keep_local=local)
+        return Learner(base, base.model, prints, local)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         # peft still asks transformers for `is_gradient_checkpointing`, which transformers 5 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model = get_peft_model(base.model, lora_config(base.model))
     prints = fingerprint(model, base.tokenizer, model.peft_config["default"])
-    return Learner(base, model, prints)
+    return Learner(base, model, prints, local)

@@ -85,6 +85,9 @@ class Screen:
         self.console.print(_verdict_table(verdict))
         for line in verdict.remarks():
             self.say(line)
+        personalised = verdict.personalised()
+        if personalised is not None:
+            self.say(personalised)
         self.say(verdict.sentence(), style="bold green" if verdict.federated_wins else "bold red")
 
     def _step(self, name: str, event: Step) -> None:

@@ -1,5 +1,6 @@
 """`python -m fedllm serve`: average what silos train, round by round, and write the result."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class ServeOptions:
     batch: int
     lr: float
     seed: int
+    keep_local: Sequence[str] = ()
 
 
 def serve(options: ServeOptions, report: Report) -> None:
@@ -47,7 +49,9 @@ def serve(options: ServeOptions, report: Report) -> None:
     round ends, the weights are saved in `out/checkpoints`, and `out/metrics.jsonl` gets a line.
     """
     silence()
-    learner = prepare_learner(load_base(options.base), options.mode, seed=options.seed)
+    learner = prepare_learner(
+        load_base(options.base), options.mode, seed=options.seed, keep_local=options.keep_local
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     run_interruptibly(_serve(options, learner, report))
 

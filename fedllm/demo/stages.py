@@ -15,6 +15,7 @@ from fedllm.demo.events import Judged, Report, Said, Step, Wrote
 from fedllm.demo.learner import Mode, prepare_learner
 from fedllm.demo.model import BaseSize, load_base, make_base, save_base, silence
 from fedllm.demo.training import Recipe, encode, judge, round_seed, train
+from fedllm.demo.verdict import PERSONAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,15 @@ def train_alone(options: AloneOptions, report: Report) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """`models` maps names to folders ("" is the base itself), `texts` silos to their text."""
+    """`models` maps names to folders ("" is the base itself), `texts` silos to their text.
+
+    `personal` maps silos to models that are theirs alone, and judged on their text alone.
+    """
 
     base: str
     mode: Mode
     models: dict[str, str]
+    personal: dict[str, str]
     texts: dict[str, str]
     eval_tokens: int
 
@@ -123,16 +128,21 @@ def judge_all(options: JudgeOptions, report: Report) -> None:
         name: encode(base.tokenizer, text.read_split(source).held_out)
         for name, source in options.texts.items()
     }
-    total = len(options.models) * len(held_out)
+    judged = {(name, folder): tuple(held_out) for name, folder in options.models.items()}
+    judged |= {(PERSONAL, folder): (silo,) for silo, folder in options.personal.items()}
+    total = sum(len(silos) for silos in judged.values())
     done = 0
-    for model_name, folder in options.models.items():
+    for (name, folder), silos in judged.items():
         model = _load_tuned(options, folder)
-        for silo, tokens in held_out.items():
+        for silo in silos:
             result = judge(
-                model, tokens, block_tokens=base.block_tokens, limit_tokens=options.eval_tokens
+                model,
+                held_out[silo],
+                block_tokens=base.block_tokens,
+                limit_tokens=options.eval_tokens,
             )
             done += 1
-            report(Judged(model_name, silo, result.nats, result.tokens))
+            report(Judged(name, silo, result.nats, result.tokens))
             report(Step("judging", done, total))
 
 

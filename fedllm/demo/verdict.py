@@ -8,6 +8,8 @@ from fedllm.demo.events import Judged
 
 BASE = "base"
 FEDERATED = "federated"
+PERSONAL = "personal"
+"""Each silo's own model, on its own text: one that kept some layers to itself."""
 UNION = "union"
 
 
@@ -29,7 +31,7 @@ class Verdict:
     @property
     def alone(self) -> tuple[str, ...]:
         """The models that one silo trained for itself."""
-        return tuple(m for m in self.perplexities if m not in (BASE, FEDERATED))
+        return tuple(m for m in self.perplexities if m not in (BASE, FEDERATED, PERSONAL))
 
     @property
     def federated_wins(self) -> bool:
@@ -52,6 +54,18 @@ class Verdict:
             if model in self.alone and row[text] < federated[text]
         ]
 
+    def personalised(self) -> str | None:
+        """What layers of their own did for the silos, against one model for all; None: nobody has any."""
+        personal = self.perplexities.get(PERSONAL)
+        if personal is None:
+            return None
+        shared = self.perplexities[FEDERATED]
+        parts = (f"{text} {personal[text]:.1f} against {shared[text]:.1f}" for text in self.texts)
+        return (
+            f"Personalised against shared, each silo on its own text: {', '.join(parts)}; "
+            f"all in all {personal[UNION]:.1f} against {shared[UNION]:.1f}."
+        )
+
     def sentence(self) -> str:
         """Who wins on the union."""
         rival = min(self.alone, key=lambda model: self.perplexities[model][UNION])
@@ -68,17 +82,18 @@ class Verdict:
 
 
 def _row(texts: Sequence[str], parts: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    row = {text: _perplexity(*parts[text]) for text in texts}
+    row = {text: perplexity(*parts[text]) for text in texts}
     nats = sum(parts[text][0] for text in texts)
     tokens = sum(parts[text][1] for text in texts)
-    return row | {UNION: _perplexity(nats, tokens)}
+    return row | {UNION: perplexity(nats, tokens)}
 
 
 def _number(nats: float | None) -> float:
     return nats if nats is not None and math.isfinite(nats) else math.inf
 
 
-def _perplexity(nats: float, tokens: int) -> float:
+def perplexity(nats: float, tokens: int) -> float:
+    """Of so many tokens' negative log-likelihood; infinite if it is too large a number."""
     try:
         return math.exp(nats / tokens)
     except OverflowError:

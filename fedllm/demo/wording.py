@@ -40,7 +40,9 @@ examples:
   run ends when the loss has not become better three times in a row:
       python -m fedllm serve --base ./base --rounds 50 --fraction 0.5 --evaluate-every 1 --patience 3
   all weights instead of an adapter, with a learning rate of your own:
-      python -m fedllm serve --base ./base --rounds 5 --mode full --lr 2e-5"""
+      python -m fedllm serve --base ./base --rounds 5 --mode full --lr 2e-5
+  personalised: of each LoRA pair only A is shared; B stays at its silo (say the same to `join`):
+      python -m fedllm serve --base ./base --rounds 10 --keep-local '*.lora_B'"""
 
 JOIN = """\
 Train on this machine's text in every round of a server's run, until the run is over. The server
@@ -54,15 +56,19 @@ examples:
   keep each update until the next, so that no round is trained twice, whoever is killed:
       python -m fedllm join --server 10.0.0.5:4791 --name bank --base ./base --text ./reports \\
           --keep ./updates
+  take new weights only if they are at most 5 % worse on this silo's held-out text than its own:
+      python -m fedllm join --server 10.0.0.5:4791 --name bank --base ./base --text ./reports \\
+          --refuse-above 1.05
   no text at hand? This Python's own docstrings:
       python -m fedllm join --server localhost:4791 --name me --base ./base --text docstrings"""
 
 DEMO = """\
 A server and three silos as separate processes on this machine, on real text that comes with
 Python: the language reference's help topics, the standard library's docstrings, and its sources.
-A small GPT-2 is first trained on neutral text (numpy's docstrings and tests). At the end: the
+A small GPT-2 is first trained on neutral text (numpy's docstrings and tests). The silos federate it
+twice: as one model for all, and with layers that each keeps to itself (--keep-local). At the end: the
 perplexity of the base, of each silo's model trained alone for as many steps, and of the federated
-one, on held-out text of each silo and on all of it.
+one, on held-out text of each silo and on all of it; and of each personalised one on its silo's.
 
 Exit code 0: on all text together the federated model is better than any silo alone; 3: it is
 not."""

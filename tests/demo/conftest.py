@@ -12,6 +12,10 @@ RECIPE = Recipe(steps=3, batch=2, block_tokens=16, learning_rate=1e-2)
 
 @pytest.fixture(scope="module")
 def tiny() -> Base:
+    return make_tiny()
+
+
+def make_tiny() -> Base:
     tokenizer = train_tokenizer(["def f(x): return x\n", "the cat sat on the mat"] * 3, 300)
     torch.manual_seed(0)
     config = GPT2Config(

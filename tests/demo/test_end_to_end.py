@@ -34,6 +34,22 @@ def own(tmp_path_factory: pytest.TempPathFactory, tiny: Base) -> dict[str, str]:
     }
 
 
+def assert_only_a_travelled(folder: Path) -> None:
+    """The factors B of the personalised run are each silo's own; the server never touched its own."""
+    server, topics, code = (
+        load_file(folder / name / "adapter_model.safetensors")
+        for name in ("federated", "topics", "code")
+    )
+    for name, array in server.items():
+        if "lora_B" in name:
+            assert not array.any()
+            assert topics[name].any()
+            assert not np.array_equal(topics[name], code[name])
+        else:
+            np.testing.assert_array_equal(topics[name], array)
+            np.testing.assert_array_equal(code[name], array)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.filterwarnings(
@@ -58,12 +74,14 @@ def test_a_small_demo_from_end_to_end(tmp_path: Path, own: dict[str, str]):
             assert silo["bytes"] > 0
             assert math.isfinite(silo["loss"])
     table = lines[2]["perplexity"]
-    assert list(table) == ["base", "topics-alone", "code-alone", "federated"]
+    assert list(table) == ["base", "topics-alone", "code-alone", "federated", "personal"]
     best_alone = min(row["union"] for name, row in table.items() if name.endswith("-alone"))
     federated_wins = table["federated"]["union"] < best_alone
     assert demo.returncode == (0 if federated_wins else 3)
     assert ("On the union federated wins" in said) == federated_wins
     assert "round 2 of 2" in said
+    assert "Personalised against shared, each silo on its own text: topics " in said
+    assert_only_a_travelled(out / "personal")
     assert str(out / "federated") in said
     assert "\x1b" not in said  # plain lines in a pipe
 

@@ -41,6 +41,20 @@ def test_a_lost_union_is_told_as_clearly():
     assert not Verdict(("a",), {"base": row, "a-alone": row, "federated": row}).federated_wins
 
 
+def test_personalised_models_are_compared_with_the_shared_one():
+    assert verdict(4.0, 32.0).personalised() is None
+    own = [Judged("personal", "a", math.log(2) * 100, 100), Judged("personal", "b", 0.0, 300)]
+    shared = [
+        Judged(name, text, math.log(4), 1) for name in ("federated", "a-alone") for text in "ab"
+    ]
+    both = Verdict.of("ab", [*shared, *own])
+    assert both.alone == ("a-alone",)
+    assert both.personalised() == (
+        "Personalised against shared, each silo on its own text: a 2.0 against 4.0, b 1.0 against 4.0; "
+        "all in all 1.2 against 4.0."
+    )
+
+
 @pytest.mark.parametrize("nats", [None, math.nan, math.inf, 1e6])
 def test_a_model_that_diverged_never_wins(nats: float | None):
     judged = [

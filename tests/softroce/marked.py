@@ -83,6 +83,7 @@ def run(pyverbs: debian.Pyverbs | source.Pyverbs, out: Path, listener: machine.L
         environment=pyverbs.share(out),
         out=out,
         timeout_s=_RUN_TIMEOUT_S,
+        memory_mib=4096,
         listener=listener,
     )
     if not (out / _REPORT).exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import mmap
 import re
 import resource
 import subprocess
@@ -52,6 +53,24 @@ async def over_tcp(left: ChannelConfig, right: ChannelConfig, reason: str) -> No
             assert channel.lanes[0].kind == "tcp"
             assert re.search(reason, channel.lanes[0].reason), channel.lanes[0].reason
         await usable(near, far)
+
+
+async def test_a_device_that_cannot_be_opened_does_not_stand_against_the_others(monkeypatch):
+    """As in a container that was given one of its host's."""
+    from aiordma.lanes.verbs import device
+
+    real = device.names()
+    monkeypatch.setattr(device, "names", lambda: ["ghost0", *real])
+    async with pair(require="verbs") as (near, far):
+        await usable(near, far)
+    wanted = ChannelConfig(slot_bytes=1 << 16, device="ghost0")
+    await over_tcp(
+        wanted, CONFIG, "^tcp: the client: cannot open the RDMA device ghost0: .*aiordma doctor"
+    )
+    monkeypatch.setattr(device, "names", lambda: ["ghost0"])
+    await over_tcp(
+        CONFIG, CONFIG, "^tcp: the client: cannot open the RDMA device ghost0: .*aiordma doctor"
+    )
 
 
 async def test_a_port_that_is_down(node):
@@ -146,6 +165,8 @@ async def test_what_cannot_be_registered():
             near.register(np.ones((1 << 20) + 1, np.uint8))
         with pytest.raises(RegistrationError, match="a bytearray cannot be registered"):
             near.register(bytearray(100))
+        with pytest.raises(RegistrationError, match=r"\(Bad address\): .* send a copy"):
+            near.register(np.frombuffer(mmap.mmap(-1, 100, prot=0), np.uint8))
         with pytest.raises(aiordma.TensorError, match="not contiguous"):
             near.register(np.ones((4, 4))[:, 1])
         before = resources()["mr"]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -187,31 +185,6 @@ async def test_two_event_loops_have_a_device_each():
         contexts = resources()["ctx"]
         assert await asyncio.to_thread(asyncio.run, converse()) == contexts + 1
         await usable(near, far)
-
-
-async def test_a_forked_child_has_what_is_registered_and_the_device_still_has_the_parents():
-    async with pair(require="verbs") as (near, far):
-        array, into = noise(SIZE), np.zeros(SIZE, np.uint8)
-        near.register(array)
-        far.register(into)
-        total = int(array.sum(dtype=np.int64))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork where there are threads
-            child = os.fork()
-        if not child:
-            is_well = int(array.sum(dtype=np.int64)) == total
-            array[:] = 0
-            into[:] = 1
-            os._exit(0 if is_well else 1)
-        array ^= 0xFF  # while both have the pages: the copy must not be the parent's
-        try:
-            await asyncio.gather(near.send_tensor(array), far.recv_tensor(into=into))
-            assert np.array_equal(array, ~noise(SIZE))
-            assert np.array_equal(into, array)
-            assert near.stats().copied_bytes == 0
-        finally:
-            _, status = await asyncio.to_thread(os.waitpid, child, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
 
 
 async def test_event_loops_in_threads_open_and_close_devices_side_by_side():

@@ -16,7 +16,8 @@ from aiordma.lanes.needs import needs
 from aiordma.lanes.outbox import Outbox, Sources
 from aiordma.lanes.rdma import RdmaLane
 from aiordma.lanes.verbs.api import refused
-from aiordma.lanes.verbs.device import Device, describe, fork_support, names, survey
+from aiordma.lanes.verbs.device import Device, describe, names, survey
+from aiordma.lanes.verbs.fork import fork_support
 from aiordma.lanes.verbs.queue_pair import VerbsQueuePair
 from aiordma.ring import Ring
 from aiordma.wire.hello import Limits

@@ -6,6 +6,7 @@ Importing pyverbs configures the root logger, which is the program's own affair:
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -74,6 +75,11 @@ def pin(pd: Any, address: int, nbytes: int, access: int) -> Any:
     try:
         return MR(pd, nbytes, access, address=address)
     except PyverbsRDMAError as exc:
+        if exc.error_code != errno.ENOMEM:
+            raise RegistrationError(
+                f"{nbytes} bytes cannot be registered ({os.strerror(exc.error_code)}): it is memory that this device "
+                "cannot pin (a file's, or another device's?); send a copy of it"
+            ) from exc
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
         raise RegistrationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import threading
 import weakref
@@ -19,6 +20,7 @@ from aiordma.lanes.completion import Completion, CompletionPump
 from aiordma.lanes.needs import COMPLETIONS
 from aiordma.lanes.registry import Registry
 from aiordma.lanes.verbs.api import enums
+from aiordma.lanes.verbs.fork import fork_support, leave_to_children
 
 _GID_KINDS: Final = ("InfiniBand", "RoCE v1", "RoCE v2")
 _PORT_STATES: Final = ("NOP", "DOWN", "INIT", "ARMED", "ACTIVE", "ACTIVE_DEFER")
@@ -27,6 +29,8 @@ _open: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Device]] =
     weakref.WeakKeyDictionary()
 )
 """Each loop's devices that are in use, by name."""
+_inherited: list[Any] = []
+"""In a forked process: its parent's. To destroy an object here is to destroy it there, for the descriptor is shared."""
 
 _descriptors = threading.Lock()
 """Held while one is opened or closed, since a completion channel's is known by being new: loops have threads."""
@@ -38,9 +42,23 @@ def names() -> list[str]:
         return [device.name.decode() for device in api.get_device_list()]
 
 
-def survey() -> list[Port]:
-    """All ports of all devices, in the order of libibverbs. Raises `LaneRefused` if they cannot be opened."""
-    return [port for name in names() for port in describe(name).ports]
+def survey(wanted: str | None = None) -> list[Port]:
+    """The ports of all devices that can be opened, in the order of libibverbs.
+
+    Raises `LaneRefused` if none can, or not the one that is `wanted` (or a port of which is).
+    """
+    ports: list[Port] = []
+    failure: LaneRefused | None = None
+    for name in names():
+        try:
+            ports += describe(name).ports
+        except LaneRefused as exc:
+            failure = failure or exc
+            if wanted is not None and name == wanted.partition("/")[0]:
+                raise
+    if failure is not None and not ports:
+        raise failure
+    return ports
 
 
 def describe(name: str) -> DeviceFacts:
@@ -75,20 +93,6 @@ def _context(name: str) -> Iterator[Any]:
             context.close()
 
 
-def fork_support() -> str:
-    """What becomes of registered memory at a fork; turns fork support on where the kernel needs it.
-
-    "unneeded": the kernel copies it. "enabled": children do not have it. "disabled": it may be lost to the parent's
-    device. ibv_fork_init(3), ibv_is_fork_initialized(3). Raises `LaneRefused` if it cannot be had.
-    """
-    with api.refused("no fork support"):
-        # Not where it is unneeded: rdma-core 44 then takes the memory from children all the same.
-        if api.is_fork_initialized() == enums.IBV_FORK_DISABLED:
-            api.fork_init()
-        kinds = {enums.IBV_FORK_ENABLED: "enabled", enums.IBV_FORK_UNNEEDED: "unneeded"}
-        return kinds.get(api.is_fork_initialized(), "disabled")
-
-
 def _has_windows(found: Any) -> bool:
     windows = enums.IBV_DEVICE_MEM_WINDOW_TYPE_2A | enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B
     return bool(found.device_cap_flags & windows)
@@ -112,16 +116,27 @@ def _port(context: Any, device: str, number: int) -> Port:
     )
 
 
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_keep_inherited)
+
+
+def _keep_inherited() -> None:
+    devices = [device for opened in _open.values() for device in opened.values()]
+    _inherited.extend((device, *device.regions) for device in devices)
+
+
 class Device:
     """A device that one event loop has open, while lanes use it."""
 
     def __init__(self, name: str, registered_bytes: int) -> None:
         """Use `open`."""
         self.name = name
+        self.regions: weakref.WeakSet[Any] = weakref.WeakSet()
         self._users = 0
         with contextlib.ExitStack() as undo, api.refused(f"cannot open the RDMA device {name}"):
-            with contextlib.suppress(LaneRefused):
-                fork_support()  # too late, if another library of this process has used a device before
+            _watch_forks()
+            self._does_kernel_copy = fork_support() == "unneeded"
             self.context = undo.enter_context(_context(name))
             attributes = self.context.query_device()
             self.has_windows = _has_windows(attributes)
@@ -150,7 +165,11 @@ class Device:
                 f"{nbytes} bytes are more than {self.name} registers at once ({self.max_region_bytes}): use smaller "
                 "slots, or send the tensor unregistered, through the ring"
             )
-        return api.pin(pd, address, nbytes, access)
+        region = api.pin(pd, address, nbytes, access)
+        self.regions.add(region)
+        if self._does_kernel_copy:
+            leave_to_children(address, nbytes)
+        return region
 
     def _register(self, address: int, nbytes: int, is_writable: bool) -> Any:
         access = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_MW_BIND if is_writable else 0
