@@ -67,7 +67,7 @@ def _parser(*, with_stages: object = False) -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_join(commands)
     _add_demo(commands)
-    _add_bench_round(commands)
+    bench.add_command(commands, sys.stdout, sys.stderr)
     if with_stages:  # else argparse lists them where it complains
         _add_stages(commands)
     return parser
@@ -170,9 +170,7 @@ def _add_join(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     parser = _command(
-        *(commands, "demo", wording.DEMO, wording.DEMO_EXAMPLES),
-        help="see all of it on this machine",
-        reports=False,
+        commands, "demo", wording.DEMO, wording.DEMO_EXAMPLES, help="see all of it on this machine"
     )
     parser.set_defaults(run=_demo)
     _mode_argument(parser)
@@ -203,16 +201,6 @@ def _add_demo(commands: Any) -> None:
     _size_arguments(parser)
 
 
-def _add_bench_round(commands: Any) -> None:
-    parser = _command(
-        *(commands, "bench-round", wording.BENCH_ROUND, wording.BENCH_ROUND_EXAMPLES),
-        help="measure rounds at full size, beside other programs'",
-        reports=False,
-    )
-    parser.set_defaults(run=_bench_round)
-    bench.add_options(parser)
-
-
 def _add_stages(commands: Any) -> None:
     """The demo's own steps, `STAGES`: commands that no help mentions, since only the demo calls them."""
     prepare = commands.add_parser("prepare")
@@ -241,9 +229,7 @@ def _add_stages(commands: Any) -> None:
         _program_arguments(parser)
 
 
-def _command(
-    commands: Any, name: str, text: str, examples: str, *, help: str, reports: bool = True
-) -> Any:
+def _command(commands: Any, name: str, text: str, examples: str, *, help: str) -> Any:
     parser = commands.add_parser(
         name,
         help=help,
@@ -251,7 +237,7 @@ def _command(
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _program_arguments(parser, reports=reports)
+    _program_arguments(parser, reports=name != "demo")
     return parser
 
 
@@ -352,10 +338,6 @@ def _demo(namespace: argparse.Namespace) -> int:
     command = (sys.executable, "-m", "fedllm")
     with Screen(open_console()) as screen:
         return demo(options, command=command, environment=environment, screen=screen)
-
-
-def _bench_round(namespace: argparse.Namespace) -> int:
-    return bench.run(namespace, print, lambda line: print(line, file=sys.stderr))
 
 
 def _prepare(namespace: argparse.Namespace) -> int:

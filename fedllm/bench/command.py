@@ -1,4 +1,4 @@
-"""The options of `python -m fedllm bench-round`, and what they make of it."""
+"""The command `python -m fedllm bench-round`: its options, and what they make of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import asyncio
 import itertools
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import msgspec
 
@@ -19,17 +19,42 @@ from fedllm.bench.layouts import NAMED
 from fedllm.bench.link import Shape
 from fedllm.bench.run import Plan, default_congestion, measure
 
-__all__ = ["add_options", "run"]
-
-Say = Callable[[str], None]
+__all__ = ["add_command"]
 
 _WAYS: Final = ("staged", "aligned")
 _RATES: Final = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _TIMES: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_YARDSTICKS: Final = ("plain_sockets.py", "grpc_aio.py")
+_SOURCES: Final = Path(__file__).parents[2]
+"""Where fedllm's sources are, if it runs from a copy of them; the yardsticks are no part of the package."""
+
+_DESCRIPTION = """\
+What a round costs, apart from its training: a server and silos as processes of their own move
+weights of GPT-2's names and shapes, no model needed, and every bit of each round's mean is
+compared. Seconds, CPU seconds and the server's memory, beside those of other programs, which take
+turns with fedllm."""
+
+_EXAMPLES = """\
+examples:
+  in a copy of the sources, against blocking sockets, threads and numpy:
+      python -m fedllm bench-round
+  LoRA adapters, of 4.7 MB; one update of 5 GiB:
+      python -m fedllm bench-round --layout lora96
+      python -m fedllm bench-round --layout 5G --silos 1 --turns 3
+  over a long, shaped link between network namespaces of this machine (as root):
+      python -m fedllm bench-round --rate 10gbit --delay 10ms --lanes 1,8"""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """All of them."""
+def add_command(commands: Any, out: TextIO, progress: TextIO) -> None:
+    """Make it one of `commands`; its table goes to `out`, and which turn it is to `progress`."""
+    parser = commands.add_parser(
+        "bench-round",
+        help="measure rounds at full size, beside other programs'",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=partial(_run, out=out, progress=progress), leash=False)
     add = parser.add_argument
     add(
         "--layout",
@@ -50,10 +75,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--against",
         type=Path,
         action="append",
-        default=[],
         metavar="FILE",
-        help="another contender, such as tests/benchmarks/plain_sockets.py of fedllm's sources: a file of Python "
-        "with a Server and a Silo, as fedllm.bench.contender describes them; may be given again",
+        help="another contender: a file of Python with a Server and a Silo, as fedllm.bench.contender describes them; "
+        f"may be given again (default: {', '.join(_YARDSTICKS)} of fedllm's sources; the last only with --rate)",
     )
     add("--turns", type=_whole, default=5, metavar="N", help="of every contender (default 5)")
     add("--rounds", type=_whole, metavar="N", help="a turn (default: as many as move 8 GiB, to 50)")
@@ -73,26 +97,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", dest="figures", type=Path, metavar="FILE", help="also write all figures there")
 
 
-def run(options: argparse.Namespace, say: Say, progress: Say) -> int:
-    """Measure, and `say` what came of it. Returns the exit status: 1 if a contender was left out."""
-    findings = asyncio.run(measure(_plan(options), progress))
-    say(report.text(findings).rstrip("\n"))
+def _run(options: argparse.Namespace, out: TextIO, progress: TextIO) -> int:
+    """Returns the exit status: 1 if a contender was left out that was asked for."""
+    findings = asyncio.run(measure(_plan(options), lambda line: progress.write(f"{line}\n")))
+    out.write(report.text(findings))
     if options.figures is not None:
         options.figures.write_bytes(msgspec.json.format(msgspec.json.encode(findings)) + b"\n")
-    return 1 if any(row.error for row in findings.rows) else 0
+    left_out = [row.contender for row in findings.rows if row.error]
+    return int(any(options.against or not contender.program for contender in left_out))
 
 
 def _plan(options: argparse.Namespace) -> Plan:
     if options.delay is not None and options.rate is None:
         raise BenchError("--delay goes with --rate: a link has both")
-    for path in options.against:
-        if not path.is_file():
-            raise BenchError(f"--against {path}: there is no such file")
     ours = [
         Contender(aggregate=way, lanes=lanes)
         for lanes, way in itertools.product(options.lanes, options.aggregate)
     ]
-    theirs = [Contender(program=str(path.resolve())) for path in options.against]
+    yardsticks = [_SOURCES / "tests/benchmarks" / name for name in _YARDSTICKS]
+    others = options.against or yardsticks[: 1 if options.rate is None else None]
+    theirs = [Contender(program=str(path.resolve())) for path in others]
     return Plan(
         contenders=tuple(dict.fromkeys((*theirs, *ours))),
         layout=options.layout,

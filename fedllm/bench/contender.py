@@ -88,6 +88,11 @@ class SiloSide(Protocol):
 
 def load(path: str) -> ModuleType:
     """The contender of this file. Raises `BenchError`."""
+    if not Path(path).is_file():
+        raise BenchError(
+            f"there is no {path}: fedllm's own yardsticks come with a copy of its sources, not with the installed "
+            "package; run the command there, or give --against a file"
+        )
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise BenchError(f"{path} is no file of Python: give --against a contender's")
@@ -95,7 +100,9 @@ def load(path: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except ImportError as exc:
-        raise BenchError(f"{Path(path).name} cannot be run: {exc}") from exc
+        raise BenchError(
+            f"{Path(path).name} cannot be run: {exc} (what fedllm's own yardsticks need: pip install 'aiordma[bench]')"
+        ) from exc
     missing = [name for name in ("Server", "Silo") if not hasattr(module, name)]
     if missing:
         raise BenchError(f"{path} is no contender: it defines no {' and no '.join(missing)}")

@@ -125,7 +125,7 @@ class Findings(msgspec.Struct, frozen=True):
     rows: list[Row]
 
 
-async def measure(plan: Plan, progress: Callable[[str], None]) -> Findings:
+async def measure(plan: Plan, progress: Callable[[str], object]) -> Findings:
     """Let all contenders run. One that cannot is left out with the reason. Raises `WrongWeights`, and `BenchError`
     if none can, or there is no link."""
     turns: dict[Contender, list[Turn]] = {contender: [] for contender in plan.contenders}

@@ -80,19 +80,3 @@ examples:
   python -m fedllm demo --rounds 10 --steps 40       longer
   python -m fedllm demo --model ./gpt2 --lr 5e-4     a base model of your own
   python -m fedllm demo --silos mail=./mail docstrings sources"""
-
-BENCH_ROUND = """\
-What a round costs, apart from its training: a server and silos as processes of their own move
-weights of GPT-2's names and shapes, no model needed, and every bit of each round's mean is
-compared. Seconds, CPU seconds and the server's memory; with --against beside those of other
-programs, which take turns with fedllm."""
-
-BENCH_ROUND_EXAMPLES = """\
-examples:
-  in a copy of the sources, against blocking sockets, threads and numpy:
-      python -m fedllm bench-round --against tests/benchmarks/plain_sockets.py
-  LoRA adapters, of 4.7 MB; one update of 5 GiB:
-      python -m fedllm bench-round --layout lora96
-      python -m fedllm bench-round --layout 5G --silos 1 --turns 3
-  over a long, shaped link between network namespaces of this machine (as root):
-      python -m fedllm bench-round --rate 10gbit --delay 10ms --lanes 1,8"""
