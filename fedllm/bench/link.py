@@ -1,12 +1,13 @@
 """A slow, long link between two network namespaces of this machine, for kernels without netem.
 
-Each end is a TUN device (Linux: Documentation/networking/tuntap.rst) with a token bucket (tc-tbf(8)) on its way out. A
-process reads the packets at one end, keeps them for the delay, and writes them to the other: TCP's own packets, up to
-64 KiB at a time since the devices offer segmentation offload, so that its round trips and windows are those of such a
-path. Nothing is lost but what overflows the buckets' queues, a bandwidth x delay product and 32 MiB long.
+Each end has a token bucket (tc-tbf(8)) on its way out, with a queue of bandwidth x delay and 32 MiB. Without a delay
+the ends are a veth pair, and all is the kernel's. For a delay they are TUN devices (Linux:
+Documentation/networking/tuntap.rst) and a relay: a process that reads the packets at one end, keeps them for the delay,
+and writes them to the other. These are TCP's own packets, up to 64 KiB at a time since the devices offer segmentation
+offload, so that its round trips and windows are those of such a path. Nothing is lost but what overflows a queue.
 
-`python -m fedllm.bench.link RATE_BITS DELAY_S` is that process; it needs root. It writes a line when the link is
-there, and ends with its standard input.
+`python -m fedllm.bench.link RATE_BITS DELAY_S` is the process that makes both, and needs root. It writes a line when
+the link is there, and ends with its standard input; the namespaces, which have no names, end with it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
@@ -63,6 +65,14 @@ class Link(NamedTuple):
 
     server_prefix: list[str]
     silos_prefix: list[str]
+    pid: int
+    """Of the relay."""
+
+    def relay_cpu_s(self) -> float:
+        """User and system seconds of the relay so far; proc_pid_stat(5)."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace")
+        ticks = stat.rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 @asynccontextmanager
@@ -86,9 +96,10 @@ async def open_link(shape: Shape) -> AsyncIterator[Link]:
                 f"no link between network namespaces: {why.splitlines()[-1]}; it takes root, iproute2, "
                 "and a kernel with TUN devices and tbf"
             )
-        yield Link(
-            *(["nsenter", f"--net=/proc/{process.pid}/fd/{fd}"] for fd in line.decode().split())
+        server, silos = (
+            ["nsenter", f"--net=/proc/{process.pid}/fd/{fd}"] for fd in line.decode().split()
         )
+        yield Link(server, silos, process.pid)
     finally:
         process.stdin.close()
         await process.wait()
@@ -97,14 +108,22 @@ async def open_link(shape: Shape) -> AsyncIterator[Link]:
 # In the link's own process
 
 
-def _open_end(own: str, peer: str, shape: Shape) -> tuple[int, int]:
-    """A device in a network namespace of its own; descriptors of both."""
+def _enter_new_namespace() -> int:
+    """A network namespace of its own, for what this process opens from now on; its descriptor."""
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare: " + os.strerror(ctypes.get_errno()))
+    return os.open("/proc/self/ns/net", os.O_RDONLY)
+
+
+def _open_tun() -> int:
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     flags = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR
     fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", _DEVICE.encode(), flags))
     fcntl.ioctl(device, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6)
+    return device
+
+
+def _set_up(namespace: int, own: str, peer: str, shape: Shape) -> None:
     queue_bytes = _QUEUE_BYTES + int(shape.rate_bits / 8 * shape.delay_s)
     for command in (
         f"ip address add {own} peer {peer} dev {_DEVICE}",
@@ -112,13 +131,17 @@ def _open_end(own: str, peer: str, shape: Shape) -> tuple[int, int]:
         f"ip link set {_DEVICE} txqueuelen 10000 up",
         f"tc qdisc add dev {_DEVICE} root tbf rate {shape.rate_bits}bit burst {_BURST_BYTES} limit {queue_bytes}",
     ):
-        subprocess.run(command.split(), check=True)
-    return device, os.open("/proc/self/ns/net", os.O_RDONLY)
+        _run(f"nsenter --net=/proc/{os.getpid()}/fd/{namespace} {command}")
 
 
-def _carry(devices: tuple[int, int], delay_s: float, until: int) -> None:
-    """Carry packets both ways until there is something to read at `until`."""
-    ways = [(a, b, deque[tuple[float, bytes]]()) for a, b in (devices, devices[::-1])]
+def _run(command: str) -> None:
+    subprocess.run(command.split(), check=True)
+
+
+def _carry(devices: Sequence[int], delay_s: float, until: int) -> None:
+    """Carry packets both ways, if there are devices, until there is something to read at `until`."""
+    pairs = zip(devices, reversed(devices), strict=True)
+    ways = [(source, target, deque[tuple[float, bytes]]()) for source, target in pairs]
     while True:
         next_at_s = min((waiting[0][0] for _, _, waiting in ways if waiting), default=None)
         left_s = None if next_at_s is None else max(0.0, next_at_s - time.monotonic())
@@ -146,13 +169,19 @@ def _read(device: int) -> list[bytes]:
 def main() -> int:
     """Be the link; ends with standard input."""
     shape = Shape(int(sys.argv[1]), float(sys.argv[2]))
-    hosts = SERVER_HOST, _SILOS_HOST
-    (first, first_ns), (second, second_ns) = (
-        _open_end(*pair, shape) for pair in (hosts, hosts[::-1])
-    )
-    sys.stdout.write(f"{first_ns} {second_ns}\n")
+    first = _enter_new_namespace()
+    devices = [_open_tun()] if shape.delay_s else []
+    second = _enter_new_namespace()
+    if shape.delay_s:
+        devices.append(_open_tun())
+    else:
+        other = f"/proc/{os.getpid()}/fd/{first}"
+        _run(f"ip link add {_DEVICE} type veth peer name {_DEVICE} netns {other}")
+    _set_up(first, SERVER_HOST, _SILOS_HOST, shape)
+    _set_up(second, _SILOS_HOST, SERVER_HOST, shape)
+    sys.stdout.write(f"{first} {second}\n")
     sys.stdout.flush()
-    _carry((first, second), shape.delay_s, sys.stdin.fileno())
+    _carry(devices, shape.delay_s, sys.stdin.fileno())
     return 0
 
 

@@ -27,9 +27,11 @@ server MiB: the most that RssAnon + RssShmem of the server were (looked at from 
   were after its imports, before it had weights: the most of all turns."""
 
 _HOW_LINK: Final = """\
-link: two network namespaces, a TUN device at each end with tbf on its way out, and a process between them that holds
-  each IP packet for the delay. TCP's windows and round trips are real; the CPU of that process is in no figure,
-  but is taken from the same cores: how fast the link really is shows what the fastest contender got."""
+link: two network namespaces, tbf on the way out of both. Without a delay they are a veth pair. For one they are TUN
+  devices and a process between them, the relay, that holds each IP packet for the delay: TCP's windows and round trips
+  are real, but it takes its time from the same cores.
+relay CPU s: its user and system seconds for a round. Where these and the others' come near the cores x s a round, it
+  is the machine that is measured and not the link, which would let a round pass in {least_s} s."""
 
 
 def text(findings: Findings) -> str:
@@ -41,6 +43,7 @@ def text(findings: Findings) -> str:
         *("contender", "s a round", "GB/s"),
         *(f"x {rival.contender.name}" for rival in rivals),
         *("CPU s", "server MiB", "models"),
+        *(["relay CPU s"] if plan.shape else []),
     )
     lines = [
         ", ".join(f"{name} {value}" for name, value in findings.host.items()),
@@ -52,7 +55,7 @@ def text(findings: Findings) -> str:
         *aims(findings),
         "",
         _HOW,
-        *([_HOW_LINK] if plan.shape else []),
+        *_how_link(plan),
     ]
     return "\n".join(lines) + "\n"
 
@@ -70,6 +73,13 @@ def aims(findings: Findings) -> Iterator[str]:
             memory = row.peak_bytes / yardstick.peak_bytes
             yield f"Aim: <= {AIM_SECONDS} x the time: {name} {seconds:.2f}, {_met(seconds <= AIM_SECONDS)}"
             yield f"Aim: <= {AIM_MEMORY:g} x the memory: {name} {memory:.2f}, {_met(memory <= AIM_MEMORY)}"
+
+
+def _how_link(plan: Plan) -> Iterator[str]:
+    if plan.shape is not None:
+        # Both ways one after the other, as no silo sends before it has the weights.
+        least_s = 2 * plan.silos * plan.nbytes * 8 / plan.shape.rate_bits
+        yield _HOW_LINK.format(least_s=_figure(least_s))
 
 
 def _describe(plan: Plan) -> str:
@@ -94,6 +104,7 @@ def _cells(plan: Plan, row: Row, rivals: Sequence[Row]) -> tuple[str, ...]:
         f"{_figure(server)} + {_figure(silos)}",
         f"{row.peak_bytes / _MIB:.0f}",
         f"{row.peak_bytes / plan.nbytes:.2f}",
+        *([_figure(row.relay_cpu_s.median)] if plan.shape else []),
     )
 
 

@@ -84,6 +84,8 @@ class Turn(msgspec.Struct, frozen=True):
     samples: list[Sample]
     peak_bytes: int
     """The server's anonymous memory, above that after its imports."""
+    relay_cpu_s: float = 0.0
+    """Of the link's relay, a round."""
 
     def median(self, figure: Callable[[Sample], float]) -> float:
         """Of the rounds."""
@@ -110,6 +112,11 @@ class Row(msgspec.Struct, frozen=True):
                 for ours, theirs in zip(self.turns, other.turns, strict=True)
             ]
         )
+
+    @property
+    def relay_cpu_s(self) -> Spread:
+        """Of the link's relay, a round."""
+        return Spread.of([turn.relay_cpu_s for turn in self.turns])
 
     @property
     def peak_bytes(self) -> int:
@@ -173,8 +180,11 @@ async def _run(plan: Plan, contender: Contender, link: Link | None) -> Turn:
     async with open_session(setup, prefixes=prefixes) as (session, imported_bytes):
         for _ in range(max(1, plan.counted_rounds // 10)):
             await session.round()
+        relay_cpu_s = 0.0 if link is None else -link.relay_cpu_s()
         samples = [await session.round() for _ in range(plan.counted_rounds)]
-        return Turn(samples, session.peak_bytes - imported_bytes)
+        relay_cpu_s += 0.0 if link is None else link.relay_cpu_s()
+        peak_bytes = session.peak_bytes - imported_bytes
+        return Turn(samples, peak_bytes, relay_cpu_s / plan.counted_rounds)
 
 
 def default_congestion() -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import socket
 from pathlib import Path
 
 import msgspec
@@ -195,8 +196,10 @@ def test_the_shapes_are_those_of_transformers_and_peft():
 
 
 @can_link
-async def test_a_link_has_its_delay_and_its_rate():
-    shape = Shape(rate_bits=100_000_000, delay_s=0.02)
+@pytest.mark.parametrize("delay_s", [0.0, 0.02])
+async def test_a_link_has_its_delay_and_its_rate(delay_s):
+    devices = socket.if_nameindex()
+    shape = Shape(rate_bits=100_000_000, delay_s=delay_s)
     async with open_link(shape) as link:
         for one in (Contender(program=str(PLAIN)), Contender()):
             slow = msgspec.structs.replace(setup(one, silos=1), host=SERVER_HOST)
@@ -209,6 +212,10 @@ async def test_a_link_has_its_delay_and_its_rate():
                 # What fits the bucket goes out at once, each way.
                 least_s = 2 * shape.delay_s + (bits - 2 * 8 * (1 << 19)) / shape.rate_bits
                 assert sample.seconds >= least_s
+        assert link.relay_cpu_s() > 0
+    assert socket.if_nameindex() == devices
+    with pytest.raises(ProcessLookupError):
+        os.kill(link.pid, 0)
 
 
 async def test_no_link_is_said():
