@@ -1,4 +1,4 @@
-"""`python -m fedllm serve | join | demo`: federated fine-tuning from a shell."""
+"""`python -m fedllm serve | join | demo | bench-round`: federated fine-tuning from a shell."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aiordma import AiordmaError
+from fedllm.bench import command as bench
 from fedllm.config import RunConfig
 from fedllm.demo import consent, parser
 from fedllm.demo.events import Report, Said, json_lines
@@ -30,7 +31,9 @@ Options = TypeVar("Options")
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. What a user can mend is one line, and code 1."""
     given = sys.argv[1:] if words is None else words
-    namespace = parser.build(with_stages=given[:1] and given[0] in STAGES).parse_args(given)
+    words_of, commands = parser.build(with_stages=given[:1] and given[0] in STAGES)
+    bench.add_command(commands)
+    namespace = words_of.parse_args(given)
     if namespace.leash:
         hold_leash()
     try:
@@ -106,6 +109,10 @@ def _demo(namespace: argparse.Namespace) -> int:
         return demo(options, command=command, environment=environment, screen=screen)
 
 
+def _bench_round(namespace: argparse.Namespace) -> int:
+    return bench.run(namespace, sys.stdout, sys.stderr)
+
+
 def _prepare(namespace: argparse.Namespace) -> int:
     with _reporting(namespace, "prepare") as report:
         from fedllm.demo.model import BaseSize
@@ -158,6 +165,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "serve": _serve,
     "join": _join,
     "demo": _demo,
+    "bench-round": _bench_round,
     "prepare": _prepare,
     "alone": _alone,
     "judge": _judge,

@@ -103,6 +103,8 @@ class Aligned:
         if not self._cohort or self._folded_bytes < self._manifest.total_bytes:
             raise WeightsError("no update was added, so there is no mean")
         self._is_committed = True
+        # They know this aggregation, a circle: it would hold whole models until the collector comes by.
+        self._cohort.clear()
 
     def result(self) -> dict[str, NDArray[Any]]:
         """The mean. Each call gives the same arrays; tensors that are tied in the global weights are one array."""

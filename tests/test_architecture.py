@@ -127,6 +127,8 @@ ROOMS: Mapping[str, str] = {
     " fedllm.journal",
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
     " fedllm.policy fedllm.journal fedllm.silo",
+    "fedllm.bench": "",
+    "fedllm.bench.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.bench.*",
     "fedllm.demo": "",
     "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.policy"
     " fedllm.demo.*",

@@ -9,19 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from fedllm import Aligned, FedAvg, Staged
 from tests.harness import until
 from tests.playing import A, B, play, takes_part, update
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-async def test_a_round_leaves_no_model_to_the_collector_of_circles():
+@pytest.mark.parametrize("aggregate", [Staged, Aligned])
+async def test_a_round_leaves_no_model_to_the_collector_of_circles(aggregate):
     weights = update(0)
     held = weakref.ref(weights["w"])
     gc.collect()
     gc.disable()
     try:
-        result, _ = await play({"a": takes_part(A), "b": takes_part(B)}, weights=weights)
+        result, _ = await play(
+            {"a": takes_part(A), "b": takes_part(B)},
+            weights=weights,
+            strategy=FedAvg(aggregate=aggregate),
+        )
         new = weakref.ref(result.weights["w"])
         del weights, result
         # The thread that folded lets go of it a moment after it has told so.

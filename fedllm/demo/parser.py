@@ -8,8 +8,8 @@ from fedllm.demo import arguments, consent, wording
 from fedllm.demo.text import BUILTIN
 
 
-def build(*, with_stages: object = False) -> argparse.ArgumentParser:
-    """The parser of all commands; what it makes of the words has the command's name as `command`."""
+def build(*, with_stages: object = False) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser, and its commands, to which others may be added; it tells which was given as `command`."""
     parser = argparse.ArgumentParser(
         prog="python -m fedllm",
         description=wording.DESCRIPTION,
@@ -17,14 +17,14 @@ def build(*, with_stages: object = False) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(
-        dest="command", metavar="{serve,join,demo}", required=True, title="commands"
+        dest="command", metavar="{serve,join,demo,bench-round}", required=True, title="commands"
     )
     _add_serve(commands)
     _add_join(commands)
     _add_demo(commands)
     if with_stages:  # else argparse lists them where it complains
         _add_stages(commands)
-    return parser
+    return parser, commands
 
 
 def _add_serve(commands: Any) -> None:
