@@ -1,7 +1,7 @@
 """Federated rounds of language models over aiordma: a thin layer of coroutines.
 
     settings = RunConfig(min_silos=2, rounds=10)
-    history = await Server(weights, settings, fingerprint=f).run(host, port)
+    history = await Federation(weights, settings, fingerprint=f).run(host, port)
 
     async with join(host, port, name="bank", fingerprint=f) as silo:
         async for task in silo.rounds():
@@ -32,13 +32,13 @@ from fedllm.errors import (
     WeightsError,
 )
 from fedllm.evaluation import Evaluation, run_evaluation
+from fedllm.federation import Federation
 from fedllm.history import History, RoundRecord
 from fedllm.joining import join
 from fedllm.messages import Shard
 from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
 from fedllm.policy import Between, OneOf, Policy
 from fedllm.rounds import RoundResult, run_round
-from fedllm.server import Server
 from fedllm.shards import Shards
 from fedllm.silo import EvaluationTask, Report, RoundTask, Silo
 from fedllm.staged import Staged
@@ -58,6 +58,7 @@ __all__ = [
     "EvaluationTask",
     "FedAvg",
     "FedError",
+    "Federation",
     "History",
     "JoinRefused",
     "JournalError",
@@ -75,7 +76,6 @@ __all__ = [
     "RoundTask",
     "RunConfig",
     "RunFailed",
-    "Server",
     "ServerLost",
     "SettingError",
     "Shard",

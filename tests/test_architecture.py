@@ -95,7 +95,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
-    " fedllm.messages fedllm.policy fedllm.shards fedllm.server fedllm.silo fedllm.joining fedllm.threads",
+    " fedllm.messages fedllm.policy fedllm.shards fedllm.federation fedllm.silo fedllm.joining fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -116,7 +116,7 @@ ROOMS: Mapping[str, str] = {
     "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.rounds",
     "fedllm.history": "fedllm.participation fedllm.rounds",
     "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly",
-    "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
+    "fedllm.federation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
     " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint",
     "fedllm.backoff": "fedllm.errors fedllm.config",
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",

@@ -91,7 +91,7 @@ FEDLLM = {
     "RoundTask",
     "RunConfig",
     "RunFailed",
-    "Server",
+    "Federation",
     "ServerLost",
     "SettingError",
     "Shard",

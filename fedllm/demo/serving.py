@@ -14,9 +14,9 @@ from fedllm import (
     EarlyStop,
     Evaluation,
     FedAvg,
+    Federation,
     RoundResult,
     RunConfig,
-    Server,
     Staged,
 )
 from fedllm.demo.events import Listening, Report, RoundDone, Said, SiloRow, Wrote
@@ -93,7 +93,7 @@ async def _serve(options: ServeOptions, learner: Learner, report: Report) -> Non
         block_tokens=learner.base.block_tokens,
         learning_rate=options.lr,
     )
-    async with Server(
+    async with Federation(
         learner.arrays(),
         settings(options),
         fingerprint=learner.fingerprint,
@@ -132,7 +132,7 @@ def settings(options: ServeOptions) -> RunConfig:
     )
 
 
-def _save(options: ServeOptions, learner: Learner, server: Server, report: Report) -> None:
+def _save(options: ServeOptions, learner: Learner, server: Federation, report: Report) -> None:
     rounds = server.round
     if not rounds:
         return

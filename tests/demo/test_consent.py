@@ -146,7 +146,7 @@ from fedllm import RunConfig
 
 async def main():
     weights = {"w": np.zeros(4, np.float32)}
-    async with fedllm.Server(weights, RunConfig(min_silos=1, rounds=1), fingerprint={}) as server:
+    async with fedllm.Federation(weights, RunConfig(min_silos=1, rounds=1), fingerprint={}) as server:
         host, port = await server.start()
         print(port, flush=True)
         await server.run()
