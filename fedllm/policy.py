@@ -5,6 +5,7 @@ A server sends numbers and plain values, never code; which of them a silo's trai
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -78,12 +79,14 @@ class Policy:
         """Why this silo does not do what it is asked; None if it does."""
         if self.arguments is None:
             return None
-        for name, value in _leaves(arguments):
+        for name, value in _leaves(arguments, self.arguments):
             rule = self.arguments.get(name)
             if rule is None:
                 return f"this silo lets no server ask for {name[:_MAX_QUOTED]!r}"
             if not rule.allows(value):
-                return f"this silo allows {name} to be {rule}, and not {value!r:.{_MAX_QUOTED}}"
+                # What is nested deep, or long, has no repr() that is worth having.
+                shown = reprlib.repr(value)[:_MAX_QUOTED]
+                return f"this silo allows {name} to be {rule}, and not {shown}"
         return None
 
     def told(self, ready: Ready) -> Ready:
@@ -98,9 +101,13 @@ class Policy:
         )
 
 
-def _leaves(arguments: Mapping[Any, Any], within: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in arguments.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{within}{name}.")
+def _leaves(
+    arguments: Mapping[Any, Any], rules: Collection[str], within: str = ""
+) -> Iterator[tuple[str, object]]:
+    """The values that rules are on, or should be, by their names. Goes no deeper than the rules do."""
+    for key, value in arguments.items():
+        name = within + (key if isinstance(key, str) else reprlib.repr(key))
+        if isinstance(value, Mapping) and value and any(r.startswith(f"{name}.") for r in rules):
+            yield from _leaves(value, rules, f"{name}.")
         else:
-            yield f"{within}{name}", value
+            yield name, value

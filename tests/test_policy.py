@@ -53,7 +53,9 @@ def test_what_a_silo_allows_it_does(arguments: dict[str, Any]):
         ({"recipe": {"steps": float("nan")}}, "and not nan"),
         ({"recipe": {"steps": "5"}}, "and not '5'"),
         ({"recipe": {"steps": [5]}}, r"and not \[5\]"),
-        ({"recipe": {"steps": {"steps": 5}}}, "lets no server ask for 'recipe.steps.steps'"),
+        ({"recipe": {"steps": {"steps": 5}}}, "recipe.steps to be 1 to 100, and not {'steps': 5}"),
+        ({"other": {"steps": 5}}, "lets no server ask for 'other'"),
+        ({"recipe": {b"steps": 5}}, "lets no server ask for \"recipe.b'steps'\""),
         ({"recipe": {}}, "lets no server ask for 'recipe'"),
         ({"mode": "full"}, "allows mode to be 'lora' or 1, and not 'full'"),
         ({"mode": True}, "and not True"),
@@ -66,6 +68,18 @@ def test_all_else_is_refused_with_the_reason(arguments: dict[str, Any], says: st
     with pytest.raises(SettingError, match=says):
         raise SettingError(objection)
     assert len(objection or "") < 200
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"a": x}, lambda x: [x]], ids=["mappings", "lists"])
+def test_what_is_nested_deeper_than_python_can_go_is_refused_like_all_else(wrap: Any):
+    """Nothing that a server sends may end a silo by an error that it does not expect."""
+    nested: Any = 1
+    for _ in range(100_000):
+        nested = wrap(nested)
+    objection = Policy(arguments={"x": Between(0, 1)}).objection({"x": nested})
+    assert objection is not None
+    assert objection.startswith("this silo ")
+    assert len(objection) < 200
 
 
 def test_a_policy_without_rules_lets_a_server_ask_for_anything():
