@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from aiordma import Channel, ChannelError, MessageError, Outgoing, Transfer, TransferError
 from fedllm.errors import ServerLost
-from fedllm.journal import Journal, digest_of
-from fedllm.messages import FROM_SERVER, Decline, Ready, ServerMessage, is_for
+from fedllm.journal import Journal
+from fedllm.messages import FROM_SERVER, Commit, Decline, Ready, ServerMessage, is_for
 from fedllm.participation import turn_away
 from fedllm.policy import Policy
 
@@ -42,7 +42,7 @@ class Conversation:
         """Answer a task, or the request for an update that there is not any more."""
         if isinstance(message, Ready):
             message = self._policy.told(message)
-        await self._note("said", message)
+        await self._note("said", _facts(message))
         # A channel that is over says so to who listens, after what the server said before.
         with contextlib.suppress(ChannelError):
             await self._channel.send(message)
@@ -58,27 +58,43 @@ class Conversation:
     async def hear(self) -> ServerMessage:
         """The next message."""
         message = await self.peek()
-        await self._note("heard", message)
+        await self._note("heard", _facts(message))
         self._heard = None
         return message
 
-    async def upload(self, outgoing: Outgoing, meta: Mapping[str, int]) -> bool:
-        """Whether the update was sent whole. If not, the server says what comes next."""
-        if self._journal is not None:
-            digest = await asyncio.to_thread(digest_of, outgoing)
-            tensors = {s.name: [s.dtype, s.shape] for s in outgoing.manifest.tensors}
-            size = outgoing.manifest.total_bytes
-            facts = {**meta, "bytes": size, "sha256": digest, "tensors": tensors}
-            await asyncio.to_thread(self._journal.write, "upload", **facts)
+    async def upload(
+        self, outgoing: Outgoing, meta: Mapping[str, int], facts: Mapping[str, Any]
+    ) -> bool:
+        """Whether the update was taken whole. If not, the server says what comes next.
+
+        The journal has two lines of it: with these `facts` before, and behind whether it was acknowledged.
+        """
+        await self._note("upload", {**meta, **facts})
+        try:
+            reason = await self._send(outgoing, meta)
+        except ServerLost as exc:
+            await self._note("uploaded", {**meta, "acknowledged": False, "reason": str(exc)})
+            raise
+        is_taken = not reason
+        await self._note("uploaded", {**meta, "acknowledged": is_taken, "reason": reason})
+        return is_taken
+
+    async def _send(self, outgoing: Outgoing, meta: Mapping[str, int]) -> str:
+        """Why an update was not taken whole; empty if it was."""
 
         async def send() -> bool:
             await self._channel.send_tensors(outgoing, meta=meta)
             return True
 
         try:
-            return await self._unless_told(send()) is not None
-        except TransferError:
-            return False
+            if await self._unless_told(send()):
+                return ""
+        except TransferError as exc:
+            return str(exc)
+        message = await self.peek()
+        if isinstance(message, Commit) and message.accepted and message.ticket == meta["ticket"]:
+            return ""  # the verdict overtook the acknowledgement of the last chunk
+        return f"an {type(message).__name__} of the server came first"
 
     async def receive_weights(self, ticket: int) -> dict[str, NDArray[Any]] | None:
         """The weights of a ticket; None if the server has something else to say first, or they fail."""
@@ -94,9 +110,8 @@ class Conversation:
             heard.cancel()
             await asyncio.gather(heard, return_exceptions=True)
 
-    async def _note(self, event: str, message: ServerMessage | Ready | Decline) -> None:
+    async def _note(self, event: str, facts: Mapping[str, Any]) -> None:
         if self._journal is not None:
-            facts = {"message": type(message).__name__, **msgspec.structs.asdict(message)}
             await asyncio.to_thread(self._journal.write, event, **facts)
 
     async def _next_weights(self, ticket: int) -> dict[str, NDArray[Any]]:
@@ -134,6 +149,10 @@ class Conversation:
         if self._heard is None:
             self._heard = asyncio.create_task(self._channel.recv(FROM_SERVER))
         return self._heard
+
+
+def _facts(message: ServerMessage | Ready | Decline) -> dict[str, Any]:
+    return {"message": type(message).__name__, **msgspec.structs.asdict(message)}
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ class CheckpointError(FedError):
 
 
 class JournalError(FedError):
-    """The silo's record of what leaves it cannot be written, and so nothing was sent."""
+    """The silo's record of what leaves it cannot be written, and so nothing more is sent."""
 
 
 class JoinRefused(FedError):

@@ -193,5 +193,6 @@ class _Door:
                 f"the server did not answer the join within {self._timeout_s:g} s"
             ) from exc
         if isinstance(answer, Refused):
+            await self._note("refused", **msgspec.structs.asdict(answer))
             raise JoinRefused(answer.reason, is_final=answer.is_final)
         return answer

@@ -38,8 +38,8 @@ class Journal:
             self._append(_line(record))
         except OSError as exc:
             raise JournalError(
-                f"{self._path} cannot take the line on {event!r}, and so nothing is sent: {exc.strerror or exc}; make "
-                "room, or give the journal another place"
+                f"{self._path} cannot take the line on {event!r}, and so nothing more is sent: {exc.strerror or exc}; "
+                "make room, or give the journal another place"
             ) from exc
 
     def _append(self, line: bytes) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from aiordma import Channel, MessageError, Outgoing, prepare
 from fedllm.conversation import Conversation
 from fedllm.errors import FedError, RunFailed, ServerLost, SettingError
-from fedllm.journal import Journal
+from fedllm.journal import Journal, digest_of
 from fedllm.kept import Kept, identify
 from fedllm.messages import Begin, Commit, Decline, Goodbye, Ready, Shard, Task, Upload, Welcome
 from fedllm.policy import Policy
@@ -227,8 +227,18 @@ class Silo:
         if message.ticket == self._unanswered:
             self._unanswered = None
 
-    async def deliver(self, task: Task, outgoing: Outgoing) -> Report:
-        """After READY: upload as often as the server asks, until its verdict."""
+    async def describe(self, outgoing: Outgoing) -> dict[str, Any]:
+        """What the journal says of an update. It reads all of it, and so belongs before READY: then the server
+        waits, and not for ever."""
+        if self._journal is None:
+            return {}
+        digest = await asyncio.to_thread(digest_of, outgoing)
+        tensors = {s.name: [s.dtype, s.shape] for s in outgoing.manifest.tensors}
+        size = outgoing.manifest.total_bytes
+        return {"run": self.run, "bytes": size, "sha256": digest, "tensors": tensors}
+
+    async def deliver(self, task: Task, outgoing: Outgoing, facts: Mapping[str, Any]) -> Report:
+        """After READY: upload as often as the server asks, until its verdict. `facts`: as `describe` made them."""
         loop = asyncio.get_running_loop()
         is_uploaded, seconds = False, 0.0
         while True:
@@ -245,10 +255,9 @@ class Silo:
             if not isinstance(message, Upload):
                 continue
             started = loop.time()
-            is_uploaded = await self._talk.upload(outgoing, task.meta(message.attempt))
+            is_uploaded = await self._talk.upload(outgoing, task.meta(message.attempt), facts)
             seconds += loop.time() - started
-        # The verdict may overtake the acknowledgement of the last chunk.
-        uploaded = outgoing.manifest.total_bytes if accepted or is_uploaded else 0
+        uploaded = outgoing.manifest.total_bytes if is_uploaded else 0
         return Report(accepted=accepted, reason=reason, bytes=uploaded, seconds=seconds)
 
     async def __aenter__(self) -> Self:
@@ -323,9 +332,10 @@ class RoundTask:
     async def hand_in(self, outgoing: Outgoing, ready: Ready) -> Report:
         """What `submit` does with an update that is described and, if it is to be, kept."""
         try:
+            facts = await self._silo.describe(outgoing)
             await self._silo.say(ready)
             self.is_submitted = True
-            return await self._silo.deliver(self._task, outgoing)
+            return await self._silo.deliver(self._task, outgoing, facts)
         except ServerLost as exc:
             if not self._silo.can_return:
                 raise

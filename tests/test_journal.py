@@ -7,7 +7,8 @@ import contextlib
 import hashlib
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedllm import FedError, JournalError, Policy, ServerLost
+import aiordma
+from aiordma import Channel
+from fedllm import FedError, JoinRefused, JournalError, Policy, ServerLost, Silo
 from fedllm.journal import Journal
-from tests.federation import FINGERPRINT, Log, joining, running
+from fedllm.messages import Commit, Ready, Task, Upload
+from tests.federation import FINGERPRINT, QUICK, Log, joining, running
+from tests.harness import cancel, until
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -54,6 +59,7 @@ async def test_all_that_leaves_is_there_in_order(tmp_path: Path):
             ("said", "Ready"),
             ("heard", "Upload"),
             ("upload", ""),
+            ("uploaded", ""),
             ("heard", "Commit"),
         ]
         * 2,
@@ -71,6 +77,9 @@ async def test_all_that_leaves_is_there_in_order(tmp_path: Path):
         assert (line["round"], line["bytes"]) == (number + 1, len(updates[number]))
         assert line["tensors"] == {"w": ["F32", [5, 3]], "b": ["BF16", [2]]}
         assert line["sha256"] == hashlib.sha256(updates[number]).hexdigest()
+        assert line["run"] == found[1]["run"]
+    ends = [line for line in found if line["event"] == "uploaded"]
+    assert [(line["round"], line["acknowledged"]) for line in ends] == [(1, True), (2, True)]
     assert [line["accepted"] for line in found if line.get("message") == "Commit"] == [True] * 2
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -94,10 +103,99 @@ def test_whatever_a_server_sends_has_its_line(value: object, tmp_path: Path):
 
 
 async def test_without_a_journal_to_write_to_nothing_leaves(tmp_path: Path):
-    async with running(Log()) as (address, run):
-        with pytest.raises(JournalError, match="'join', and so nothing is sent: No such file"):
+    log = Log()
+    async with running(log) as (address, run):
+        with pytest.raises(JournalError, match="'join', and so nothing more is sent: No such file"):
             await take_part(address, tmp_path / "none" / "journal.jsonl")
+        await log.has("refused: ")  # as one that said nothing
+        assert not any("joined" in line for line in log.lines)
         assert not run.done()
+
+
+async def test_a_server_that_wants_no_such_silo_is_written_down(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    async with running(Log()) as (address, _):
+        with pytest.raises(JoinRefused) as info:
+            await take_part(address, path, fingerprint={"weights": "another"})
+    join, refused = lines(path)
+    assert (join["event"], refused["event"]) == ("join", "refused")
+    assert (refused["reason"], refused["is_final"]) == (info.value.reason, True)
+
+
+@asynccontextmanager
+async def uploading(path: Path, update: dict[str, Any]) -> AsyncIterator[tuple[Channel, Any]]:
+    """A silo with a journal in a round of which the test is the server; its submission, before the upload."""
+    async with aiordma.listen(config=QUICK) as listener:
+        accepting = asyncio.ensure_future(listener.accept())
+        async with aiordma.connect(*listener.address, config=QUICK) as channel:
+            async with (
+                await accepting as server,
+                Silo(channel, "a", journal=Journal(path, "a")) as silo,
+            ):
+                waiting = asyncio.ensure_future(anext(silo.rounds()))
+                await server.send(Task(1, 7, {}))
+                await server.send_tensors(update, meta=Task(1, 7, {}).meta(0))
+                task = await waiting
+                submitting = asyncio.ensure_future(task.submit(update, weight=1))
+                await server.recv(Ready)
+                try:
+                    yield server, submitting
+                finally:
+                    await cancel(submitting)
+
+
+LARGE = {"w": np.zeros(1 << 20, np.float32)}
+"""Far more than the slots hold."""
+
+
+async def test_each_attempt_has_its_end_and_the_update_is_digested_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before READY: behind it the server waits, and not for ever."""
+    path, digested = tmp_path / "journal.jsonl", []
+
+    def digest(_: object) -> str:
+        digested.append(lines(path))
+        return "d"
+
+    monkeypatch.setattr("fedllm.silo.digest_of", digest)
+    async with uploading(path, LARGE) as (server, submitting):
+        for attempt in (1, 2, 3):
+            await server.send(Upload(7, attempt))
+            async with contextlib.aclosing(server.incoming()) as transfers:
+                transfer = await anext(transfers)
+            if attempt == 1:
+                await transfer.refuse("not now")
+                await until(lambda: lines(path)[-1]["event"] == "uploaded")
+            elif attempt == 3:  # a verdict may overtake the last acknowledgement
+                await server.send(Commit(7, True, ""))
+        assert (await submitting).accepted
+    found = lines(path)
+    assert digested == [found[:1]]
+    assert found[0]["message"] == "Task"
+    assert found[1]["message"] == "Ready"
+    ends = [line for line in found if line["event"] in ("upload", "uploaded")]
+    assert [(line["event"], line["attempt"]) for line in ends] == [
+        (event, attempt) for attempt in (1, 2, 3) for event in ("upload", "uploaded")
+    ]
+    assert [line["sha256"] for line in ends[::2]] == ["d"] * 3
+    assert [line["acknowledged"] for line in ends[1::2]] == [False, False, True]
+    assert "not now" in ends[1]["reason"]
+    assert "Upload of the server came first" in ends[3]["reason"]
+
+
+async def test_an_upload_amid_which_the_server_is_lost_is_not_acknowledged(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    async with uploading(path, LARGE) as (server, submitting):
+        await server.send(Upload(7, 1))
+        async with contextlib.aclosing(server.incoming()) as transfers:
+            await anext(transfers)
+        await server.aclose()
+        with pytest.raises(ServerLost):
+            await submitting
+    end = lines(path)[-1]
+    assert (end["event"], end["acknowledged"]) == ("uploaded", False)
+    assert "the connection to the server is gone" in end["reason"]
 
 
 @contextlib.contextmanager
@@ -111,25 +209,30 @@ def files_at_most(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-async def test_a_full_disk_ends_it_before_the_update_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("full_at", ["join", "said", "upload"])
+async def test_a_full_disk_ends_it_before_anything_leaves(
+    full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """The name, the report, and the update."""
     path, log, write = tmp_path / "journal.jsonl", Log(), Journal.write
+    path.write_text('{"event":"earlier"}\n')
 
     def on_a_full_disk(journal: Journal, event: str, **facts: Any) -> None:
-        room = files_at_most(path.stat().st_size + 5) if event == "upload" else files_at_most(-1)
+        room = files_at_most(path.stat().st_size + 5) if event == full_at else files_at_most(-1)
         with room:
             write(journal, event, **facts)
 
     monkeypatch.setattr(Journal, "write", on_a_full_disk)
     async with running(log, min_silos=1) as (address, run):
-        with pytest.raises(JournalError, match="cannot take the line on 'upload'"):
+        with pytest.raises(JournalError, match=f"cannot take the line on '{full_at}'"):
             await take_part(address, path)
-        await log.has("a gone")
+        await log.has("refused: " if full_at == "join" else "a gone")
+        assert any("joined" in line for line in log.lines) is (full_at != "join")
         assert not log.rounds
         run.cancel()
     *whole, torn = path.read_bytes().splitlines()
-    assert [json.loads(line)["event"] for line in whole][-1] == "heard"
+    last = {"join": "earlier", "said": "heard", "upload": "heard"}
+    assert json.loads(whole[-1])["event"] == last[full_at]
     assert len(torn) == 5
 
 
