@@ -7,12 +7,20 @@ import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from aiordma import Channel, ChannelConfig, ChannelError, VersionMismatch, connect
+from aiordma import (
+    Channel,
+    ChannelConfig,
+    ChannelError,
+    ProxyRefused,
+    VersionMismatch,
+    connect,
+)
 from fedllm.backoff import Backoff
 from fedllm.config import check_seconds
 from fedllm.conversation import server_lost
@@ -51,8 +59,9 @@ async def join(
     of ("weights", "tokenizer"), which must equal the server's. Connecting and admission may take `timeout_s` each.
 
     A server that is not there, or is lost, is tried again after the pauses of `backoff`, while it has patience; with
-    None, once is all. `keep`: a folder for the last update, which survives the death of either end: a round that comes
-    again has it handed in again, without training. `on_event` is told, in words, of failures and what comes next.
+    None, once is all. A proxy that does not take user and password is not tried again. `keep`: a folder for the last
+    update, which survives the death of either end: a round that comes again has it handed in again, without training.
+    `on_event` is told, in words, of failures and what comes next.
 
     `shard`: each rank of a sharded silo joins for itself, under the silo's name, and says what it holds. It waits until
     all are there, gets its part of the weights, and submits its part of the update, with the weight of the whole silo;
@@ -146,13 +155,9 @@ class _Door:
                 await self._backoff.sleep(pause)
             try:
                 return await self._knock()
-            except VersionMismatch:
-                raise
-            except JoinRefused as exc:
-                if exc.is_final:
+            except (JoinRefused, ChannelError, ServerLost) as exc:
+                if _is_final(exc):
                     raise
-                failure = exc
-            except (ChannelError, ServerLost) as exc:
                 failure = exc
         if lost is not None and not isinstance(failure, ServerLost):
             raise ServerLost(f"the server was lost, and did not come back: {failure}") from failure
@@ -196,3 +201,13 @@ class _Door:
             await self._note("refused", **msgspec.structs.asdict(answer))
             raise JoinRefused(answer.reason, is_final=answer.is_final)
         return answer
+
+
+def _is_final(failure: Exception) -> bool:
+    """Whether to ask again is of no use, or does harm: a wrong password, sent often, locks the account."""
+    match failure:
+        case JoinRefused():
+            return failure.is_final
+        case ProxyRefused():
+            return failure.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
+    return isinstance(failure, VersionMismatch)
