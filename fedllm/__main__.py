@@ -71,6 +71,9 @@ def _serve(namespace: argparse.Namespace) -> int:
 
 def _join(namespace: argparse.Namespace) -> int:
     check_base(namespace.base)
+    if namespace.dry_run:
+        # Nobody is connected to, not even to look a base up by its name.
+        os.environ["HF_HUB_OFFLINE"] = "1"
     host, port = namespace.server
     given = {
         "host": host,

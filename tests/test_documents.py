@@ -14,6 +14,9 @@ pytestmark = pytest.mark.timeout(180)
 
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 PROGRAMS = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = re.findall(
+    r"python -m ((?:aiordma|fedllm) [a-z].*?)(?:`|#|$)", README, flags=re.MULTILINE
+)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -82,3 +85,11 @@ def test_every_command_of_the_readme_is_a_target_of_the_makefile():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     named = re.findall(r"\bmake ([a-z-]+)", README)
     assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+@pytest.mark.parametrize("command", sorted({line.strip() for line in COMMANDS}))
+def test_a_command_of_the_readme_has_its_options(command: str):
+    module, name, *words = command.split()
+    page = run("-m", module, name, "--help")
+    known = set(re.findall(r"--[a-z-]+", page))
+    assert {word for word in words if word.startswith("--")} <= known

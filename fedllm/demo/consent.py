@@ -28,7 +28,7 @@ def add_options(parser: Any) -> None:
     add(
         "--dry-run",
         action="store_true",
-        help="show what would leave, and what the server may ask; connect to nobody",
+        help="show what would leave, and what the server may ask; connect to nobody, for --base neither",
     )
     add(
         "--journal",

@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from fedllm.__main__ import main
-from fedllm.demo import arguments
+from fedllm.demo import arguments, joining
 from fedllm.demo.consent import RULES, policy_of
+from fedllm.demo.joining import JoinOptions
 from fedllm.demo.model import Base, save_base
 from fedllm.demo.training import Assignment, Recipe
 from fedllm.errors import SettingError
@@ -41,20 +42,26 @@ def test_the_rules_are_on_all_that_a_server_asks():
     assert set(RULES) == inner | set(asked)
 
 
+ALONE = """
+import socket, sys
+
+def never(*_, **__):
+    sys.exit("a connection was made")
+
+socket.socket.connect = socket.socket.bind = socket.getaddrinfo = never
+import fedllm.__main__ as m
+sys.exit(m.main())
+"""
+"""A connection, and a name that is looked up, would end it."""
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_dry_run_shows_what_would_leave_and_speaks_to_nobody(silo: list[str], tmp_path: Path):
-    """A connection would end it."""
-    program = (
-        "import socket, sys\n"
-        "def never(*_, **__): sys.exit('a connection was made')\n"
-        "socket.socket.connect = socket.socket.bind = never\n"
-        "import fedllm.__main__ as m; sys.exit(m.main())"
-    )
     words = ["join", "--server", "h:1", *silo, "--mode", "full", "--keep-local", "*.mlp", "--json"]
     policy = ["--dry-run", "--allow", "recipe.steps=1..200", "recipe.decays=false"]
     journal = tmp_path / "journal.jsonl"
     child = subprocess.run(
-        [sys.executable, "-c", program, *words, *policy, "--journal", str(journal)],
+        [sys.executable, "-c", ALONE, *words, *policy, "--journal", str(journal)],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
@@ -70,6 +77,18 @@ def test_a_dry_run_shows_what_would_leave_and_speaks_to_nobody(silo: list[str], 
     assert "  recipe.steps: 1 to 200" in said
     assert "  recipe.decays: False" in said
     assert "  seed: 0 to 18446744073709551615" in said
+
+
+def test_a_dry_run_asks_nobody_for_a_base_that_is_a_name(tmp_path: Path):
+    """What has been downloaded before is found; anything else is not there."""
+    words = ["join", "--server", "h:1", "--name", "bank", "--base", "some/base", "--text", "topics"]
+    child = subprocess.run(
+        [sys.executable, "-c", ALONE, *words, "--dry-run"],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"},
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert child.returncode == 1
+    assert "fedllm: no base model at 'some/base'; give a folder" in child.stderr
 
 
 def test_what_no_server_asks_cannot_be_allowed():
@@ -110,6 +129,22 @@ def test_the_proxy_may_come_from_the_environment(silo: list[str]):
     assert child.returncode == 1
     assert "the way goes through a proxy, and there: cannot connect to 127.0.0.1:1" in child.stderr
     assert "secret" not in child.stdout + child.stderr
+
+
+def test_the_options_of_join_reach_the_silo(silo: list[str], monkeypatch: pytest.MonkeyPatch):
+    found: list[JoinOptions] = []
+    monkeypatch.setattr(joining, "take_part", lambda options, report: found.append(options))
+    monkeypatch.setenv("FEDLLM_PROXY", "http://elsewhere:1")
+    words = ["join", "--server", "[::1]:1", *silo, "--json", "--journal", "j", "--tell-examples"]
+    assert main([*words, "--proxy", "http://p:1", "--allow", "recipe.batch=4,8"]) == 0
+    assert main(["join", "--server", "h:1", *silo, "--json"]) == 0
+    given, usual = found
+    assert (given.host, given.proxy, given.journal) == ("::1", "http://p:1", Path("j"))
+    assert given.policy.tells_weight
+    assert given.policy.objection({"recipe": {"batch": 5}}) is not None
+    assert (usual.proxy, usual.journal) == ("http://elsewhere:1", None)
+    assert not usual.policy.tells_weight
+    assert usual.policy.objection({"recipe": {"batch": 5}}) is None
 
 
 def test_a_silo_listens_nowhere():
