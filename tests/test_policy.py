@@ -12,6 +12,8 @@ import pytest
 from fedllm import (
     Aligned,
     Between,
+    Evaluation,
+    EvaluationTask,
     FedAvg,
     OneOf,
     Policy,
@@ -153,6 +155,35 @@ async def test_a_silo_that_keeps_its_weight_and_is_refused_changes_no_other_silo
     assert result.outcomes["c"].status is Status.REFUSED
     assert result.weights["w"].tobytes() == weights_of(1.5)["w"].tobytes()
     assert result.metrics == {"loss": 1.5}
+
+
+async def test_an_evaluation_is_by_the_same_rules():
+    """A silo that keeps its number of examples makes plain means of its metrics; what it refuses it does not judge."""
+    seen: list[Evaluation] = []
+
+    async def judging(address: tuple[str, int], name: str, policy: Policy) -> None:
+        async def judge(_: EvaluationTask) -> tuple[float, dict[str, float]]:
+            return (900, {"loss": 2.0}) if name == "a" else (100, {"loss": 4.0, "words": 5.0})
+
+        async with joining(address, name, policy=policy) as silo:
+            async for task in silo.rounds(judge):
+                await task.submit(task.weights, weight=1)
+
+    asks = {"arguments": {"seed": 1}, "evaluate_every": 1, "on_evaluation": seen.append}
+    async with running(Log(), min_silos=1, expect=3, **asks) as (address, run):
+        await asyncio.gather(
+            run,
+            judging(address, "a", Policy()),
+            judging(address, "b", Policy(tells_weight=False, tells_metrics=["loss"])),
+            judging(address, "c", Policy(arguments={})),
+        )
+    (evaluation,) = seen
+    assert evaluation.metrics == {"loss": 3.0}
+    kept = evaluation.outcomes["b"]
+    assert (kept.weight, kept.metrics) == (None, {"loss": 4.0})
+    refused = evaluation.outcomes["c"]
+    assert refused.status is Status.REFUSED
+    assert "lets no server ask for 'seed'" in refused.reason
 
 
 async def test_a_server_that_asks_too_much_is_told_so_and_the_round_goes_on():

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 import aiordma
-from fedllm import Backoff, Evaluation, JoinRefused, Report, SettingError, Shard, Silo, Status, join
+from fedllm import (
+    Backoff,
+    Evaluation,
+    JoinRefused,
+    Policy,
+    QuorumNotReached,
+    Report,
+    SettingError,
+    Shard,
+    Silo,
+    Status,
+    join,
+)
 from fedllm.messages import JOIN_ANSWER, Decline, Join, Welcome
 from tests.federation import (
     DEADLINE_S,
@@ -75,6 +87,31 @@ async def test_an_evaluation_asks_all_ranks_and_counts_the_first_ones_answer():
     (evaluation,) = seen
     assert evaluation.outcomes["bank"].status is Status.COMMITTED
     assert evaluation.metrics == {"loss": 4.0}
+
+
+async def test_a_sharded_silo_that_keeps_its_number_of_examples_counts_like_all_others():
+    log = Log()
+    async with running(log, min_silos=2) as (address, run):
+        ranks = [rank(address, shard, 4, policy=Policy(tells_weight=False)) for shard in TWO]
+        async with joining(address, "shop") as shop:
+            bank = asyncio.gather(*ranks)
+            async for task in shop.rounds():
+                assert (await task.submit(task.weights, weight=900)).accepted
+        history = await run
+        await bank
+    assert bits(history.weights) == bits(weights_of(2))
+    assert log.rounds[0].outcomes["bank"].weight is None
+
+
+async def test_ranks_of_which_one_keeps_what_the_other_tells_are_no_silo():
+    log = Log()
+    async with running(log, min_silos=1) as (address, run):
+        policies = (Policy(), Policy(tells_weight=False))
+        ranks = [rank(address, s, 4, policy=p) for s, p in zip(TWO, policies, strict=True)]
+        bank = asyncio.gather(*ranks, return_exceptions=True)
+        with pytest.raises(QuorumNotReached, match=r"different weights, \[None, 1.0\]"):
+            await run
+        await bank
 
 
 async def test_a_rank_that_dies_costs_its_silo_its_place_and_all_its_ranks_come_back():
