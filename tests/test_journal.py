@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import resource
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -234,6 +236,23 @@ async def test_a_full_disk_ends_it_before_anything_leaves(
     last = {"join": "earlier", "said": "heard", "upload": "heard"}
     assert json.loads(whole[-1])["event"] == last[full_at]
     assert len(torn) == 5
+
+
+async def test_a_line_that_is_not_on_the_disk_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Written is not flushed: fsync(2) is where a disk says that it could not."""
+
+    def fails(file: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.fsync", fails)
+    log = Log()
+    async with running(log) as (address, _):
+        with pytest.raises(JournalError, match=r"nothing more is sent: Input/output error"):
+            await take_part(address, tmp_path / "journal.jsonl")
+        await log.has("refused: ")
+        assert not any("joined" in line for line in log.lines)
 
 
 def test_the_kinds_of_errors():
