@@ -131,6 +131,7 @@ class Silo:
 def _config(setup: Setup) -> ChannelConfig:
     return ChannelConfig(
         lanes=setup.contender.lanes,
+        slot_bytes=setup.contender.slot_bytes,
         congestion=setup.congestion or None,
         idle_timeout_s=2 * _IDLE_TIMEOUT_S,
         verbs=False,
