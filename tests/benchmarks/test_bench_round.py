@@ -129,6 +129,8 @@ def test_what_is_no_contender_is_one_line(tmp_path, capsys):
     assert "none.py: fedllm's own yardsticks come with a copy of its sources" in told
     assert main(["bench-round", "--delay=10ms"]) == 1
     assert "--delay goes with --rate" in capsys.readouterr().err
+    assert main(["bench-round", "--layout=9000G"]) == 1
+    assert "GiB of memory" in capsys.readouterr().err
 
 
 # Content
