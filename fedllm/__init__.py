@@ -33,6 +33,7 @@ from fedllm.errors import (
 from fedllm.evaluation import Evaluation, run_evaluation
 from fedllm.history import History, RoundRecord
 from fedllm.joining import join
+from fedllm.memory import Memory
 from fedllm.messages import Shard
 from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
 from fedllm.rounds import RoundResult, run_round
@@ -57,6 +58,7 @@ __all__ = [
     "FedError",
     "History",
     "JoinRefused",
+    "Memory",
     "Outcome",
     "Participation",
     "QuorumNotReached",

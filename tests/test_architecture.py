@@ -94,14 +94,15 @@ ROOMS: Mapping[str, str] = {
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
-    " fedllm.messages fedllm.shards fedllm.server fedllm.silo fedllm.joining fedllm.threads",
+    " fedllm.memory fedllm.messages fedllm.shards fedllm.server fedllm.silo fedllm.joining fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
     "fedllm.aggregate": "aiordma fedllm.errors",
     "fedllm.fold": "fedllm.errors",
-    "fedllm.staged": f"aiordma {BELOW_STRATEGY}",
-    "fedllm.aligned": f"aiordma {BELOW_STRATEGY}",
+    "fedllm.memory": "fedllm.fold",
+    "fedllm.staged": f"aiordma {BELOW_STRATEGY} fedllm.memory",
+    "fedllm.aligned": f"aiordma {BELOW_STRATEGY} fedllm.memory",
     "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
     "fedllm.threads": "",
     "fedllm.dtensors": "fedllm.errors fedllm.messages",

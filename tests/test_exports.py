@@ -73,6 +73,7 @@ FEDLLM = {
     "FedError",
     "History",
     "JoinRefused",
+    "Memory",
     "Outcome",
     "Participation",
     "QuorumNotReached",

@@ -8,7 +8,7 @@ from functools import partial
 
 import aiordma
 from aiordma import Channel, ChannelConfig
-from fedllm import Aligned, FedAvg, Silo as Member, Staged, Status, run_round
+from fedllm import Aligned, FedAvg, Memory, Silo as Member, Staged, Status, run_round
 from fedllm.bench.contender import Setup, Train
 from fedllm.bench.content import Arrays, weights_of
 from fedllm.bench.errors import BenchError
@@ -27,9 +27,11 @@ class Server:
         self._listener: aiordma.Listener | None = None
         self._channels: dict[str, Channel] = {}
         self._round = 0
-        aligned = partial(Aligned, idle_timeout_s=_IDLE_TIMEOUT_S)
+        memory = Memory()
+        staged = partial(Staged, memory=memory)
+        aligned = partial(Aligned, memory=memory, idle_timeout_s=_IDLE_TIMEOUT_S)
         self._strategy = FedAvg(
-            aggregate=Staged if setup.contender.aggregate == "staged" else aligned
+            aggregate=staged if setup.contender.aggregate == "staged" else aligned
         )
 
     def listen(self) -> int:
