@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from aiordma import Channel, ChannelError, MessageError, Outgoing, Transfer, TransferError
 from fedllm.errors import ServerLost
+from fedllm.memory import Memory
 from fedllm.messages import FROM_SERVER, Decline, Ready, ServerMessage, is_for
 from fedllm.participation import turn_away
 
@@ -61,10 +62,12 @@ class Conversation:
         except TransferError:
             return False
 
-    async def receive_weights(self, ticket: int) -> dict[str, NDArray[Any]] | None:
-        """The weights of a ticket; None if the server has something else to say first, or they fail."""
+    async def receive_weights(
+        self, ticket: int, memory: Memory | None = None
+    ) -> dict[str, NDArray[Any]] | None:
+        """The weights of a ticket, in this memory; None if the server has something else to say first, or they fail."""
         try:
-            return await self._unless_told(self._next_weights(ticket))
+            return await self._unless_told(self._next_weights(ticket, memory))
         except TransferError:
             return None
 
@@ -75,14 +78,14 @@ class Conversation:
             heard.cancel()
             await asyncio.gather(heard, return_exceptions=True)
 
-    async def _next_weights(self, ticket: int) -> dict[str, NDArray[Any]]:
+    async def _next_weights(self, ticket: int, memory: Memory | None) -> dict[str, NDArray[Any]]:
         offered = self._offered
         while not (mine := [one for one in offered if is_for(one.meta, ticket)]):
             offered.append(await self._next_transfer())
         # Weights come in the order of their tasks, though perhaps before a task was read.
         while (transfer := offered.popleft()) is not mine[0]:
             await turn_away(transfer, "it is for another task")
-        return await transfer.arrays("numpy")
+        return await transfer.arrays(take=None if memory is None else memory.take)
 
     async def _next_transfer(self) -> Transfer:
         async with contextlib.aclosing(self._channel.incoming()) as transfers:

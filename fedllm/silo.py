@@ -15,6 +15,7 @@ from aiordma import Channel, MessageError, Outgoing, prepare
 from fedllm.conversation import Conversation
 from fedllm.errors import FedError, RunFailed, ServerLost, SettingError
 from fedllm.kept import Kept, identify
+from fedllm.memory import Memory
 from fedllm.messages import Begin, Commit, Decline, Goodbye, Ready, Shard, Task, Upload, Welcome
 
 __all__ = ["Evaluate", "EvaluationTask", "Report", "RoundTask", "Silo"]
@@ -78,6 +79,8 @@ class Silo:
         """None if nobody has said."""
         self.final: dict[str, NDArray[Any]] | None = None
         """The last global weights, once the run is over and the server has sent them."""
+        self.memory: Memory | None = None
+        """Where that for the weights of each round comes from: to be set before them. None: the system."""
         self._talk = Conversation(channel)
         self._unanswered: int | None = None
         """The ticket of the last task, until it has its Ready or Decline."""
@@ -132,7 +135,7 @@ class Silo:
             if not isinstance(message, Task):
                 continue  # about a task that was given up on this side
             self._unanswered = message.ticket
-            weights = await self._talk.receive_weights(message.ticket)
+            weights = await self._talk.receive_weights(message.ticket, self.memory)
             if weights is None:
                 await self.say(Decline(message.ticket, "the weights did not arrive"))
             elif not await self._may_begin(message.ticket):

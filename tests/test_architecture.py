@@ -28,7 +28,9 @@ RDMA = (
     " aiordma.lanes.completion aiordma.lanes.needs aiordma.lanes.outbox aiordma.lanes.rdma"
     " aiordma.lanes.registry aiordma.lanes.statuses"
 )
-BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
+BELOW_ROUNDS = (
+    "fedllm.errors fedllm.config fedllm.messages fedllm.memory fedllm.aggregate fedllm.strategy"
+)
 BELOW_STRATEGY = "fedllm.errors fedllm.config fedllm.aggregate fedllm.fold"
 
 ROOMS: Mapping[str, str] = {

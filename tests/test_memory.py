@@ -1,12 +1,13 @@
 """Memory that is used again: it comes back when nobody sees it any more, and never before."""
 
+import asyncio
 from functools import partial
 
 import numpy as np
 import pytest
 
 import fedllm.memory
-from fedllm import Aligned, FedAvg, Memory, Staged
+from fedllm import Aligned, FedAvg, Memory, Silo, Staged, run_round
 from tests.harness import until
 from tests.playing import WEIGHTS, A, B, bits, pairs, play, takes_part
 
@@ -78,3 +79,27 @@ async def test_rounds_take_the_memory_of_those_before(monkeypatch, aggregate, mo
             # All is back but the new weights. The thread that folded lets go of the old a moment after.
             await until(lambda: memory.spare_bytes == sum(taken[1:]), "the round is gone")
     assert len(taken) == models
+
+
+async def test_a_silo_receives_into_the_memory_of_the_round_before():
+    places: list[int] = []
+
+    async def take_part(channel):
+        silo = Silo(channel, "a")
+        silo.memory = Memory()
+        async for task in silo.rounds():
+            assert bits(task.weights) == bits(WEIGHTS)
+            places.append(address_of(task.weights["w"]))
+            # The weights of the round before are gone with their task, once this one is there.
+            await task.submit(A, weight=1.0)
+            if len(places) == 4:
+                await silo.aclose()
+                return
+
+    async with pairs("a") as (servers, silos):
+        acting = asyncio.ensure_future(take_part(silos["a"]))
+        for number in range(1, 5):
+            await run_round(servers, WEIGHTS, round=number, strategy=FedAvg(), min_silos=1)
+        await acting
+    assert places[2:] == places[:2]
+    assert len(set(places)) == 2

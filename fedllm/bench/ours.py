@@ -112,6 +112,7 @@ class Silo:
         self._channel = await aiordma.connect(setup.host, setup.port, config=_config(setup))
         await self._channel.send(name)
         self._member = Member(self._channel, name)
+        self._member.memory = Memory()
 
     async def _take_part(self, train: Train) -> None:
         assert self._member is not None
