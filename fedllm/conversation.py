@@ -66,7 +66,8 @@ class Conversation:
         """Whether the update was sent whole. If not, the server says what comes next."""
         if self._journal is not None:
             digest = await asyncio.to_thread(digest_of, outgoing)
-            tensors = {s.name: [s.dtype, s.shape] for s in outgoing.manifest.tensors}
+            ordered = sorted(outgoing.manifest.tensors, key=lambda spec: spec.offset)
+            tensors = {spec.name: [spec.dtype, spec.shape] for spec in ordered}
             size = outgoing.manifest.total_bytes
             facts = {**meta, "bytes": size, "sha256": digest, "tensors": tensors}
             await asyncio.to_thread(self._journal.write, "upload", **facts)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
-import resource
-from collections.abc import Iterator
+import os
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedllm import FedError, JournalError, Policy, ServerLost
-from fedllm.journal import Journal
-from tests.federation import FINGERPRINT, Log, joining, running
+from aiordma import prepare
+from fedllm import Backoff, FedError, JournalError, Policy, ServerLost
+from fedllm.journal import Journal, digest_of
+from tests.federation import FINGERPRINT, Log, joining, running, server_of
+from tests.test_checkpoint import files_of_at_most
+from tests.test_resume import Die, die_in
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -90,7 +92,43 @@ async def test_lines_are_only_ever_added(tmp_path: Path):
 def test_whatever_a_server_sends_has_its_line(value: object, tmp_path: Path):
     path = tmp_path / "journal.jsonl"
     Journal(path, "a").write("heard", arguments={"x": value})
-    assert lines(path)[0]["event"].strip("'") == "heard"
+    assert lines(path)[0]["event"] == "heard"
+
+
+def test_each_line_is_flushed_and_a_new_file_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flushed: list[str] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+    )
+    journal = Journal(tmp_path / "journal.jsonl", "a")
+    journal.write("one")
+    journal.write("two")
+    path = str(tmp_path / "journal.jsonl")
+    assert flushed == [path, str(tmp_path), path]
+
+
+@pytest.mark.parametrize("items", [0, 1, 1 << 18, (1 << 18) + 1, 700_000])
+def test_a_digest_is_of_all_bytes_whatever_their_number(items: int):
+    second, first = np.arange(items, dtype=np.float32), np.arange(3, dtype=np.int64)
+    expected = hashlib.sha256(first.tobytes() + second.tobytes()).hexdigest()
+    assert digest_of(prepare({"second": second, "first": first})) == expected
+
+
+async def test_a_silo_that_finds_its_server_again_has_its_journal_and_its_policy(tmp_path: Path):
+    path, log = tmp_path / "journal.jsonl", Log()
+    options = {"policy": Policy(tells_weight=False), "backoff": Backoff(first_s=0.01)}
+    first = server_of(log, rounds=2, on_round=die_in(1, log))
+    address = await first.start()
+    part = asyncio.ensure_future(take_part(address, path, **options))
+    with pytest.raises(Die):
+        await first.run()
+    await server_of(log, rounds=1).run(*address)
+    await part
+    assert [result.outcomes["a"].weight for result in log.rounds] == [None, None]
+    events = [line["event"] for line in lines(path)]
+    assert [events.count(event) for event in ("join", "welcome", "upload")] == [2, 2, 2]
 
 
 async def test_without_a_journal_to_write_to_nothing_leaves(tmp_path: Path):
@@ -100,24 +138,13 @@ async def test_without_a_journal_to_write_to_nothing_leaves(tmp_path: Path):
         assert not run.done()
 
 
-@contextlib.contextmanager
-def files_at_most(nbytes: int) -> Iterator[None]:
-    """As on a full disk: a write beyond is cut short, and the next one fails (setrlimit(2))."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 async def test_a_full_disk_ends_it_before_the_update_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path, log, write = tmp_path / "journal.jsonl", Log(), Journal.write
 
     def on_a_full_disk(journal: Journal, event: str, **facts: Any) -> None:
-        room = files_at_most(path.stat().st_size + 5) if event == "upload" else files_at_most(-1)
+        room = files_of_at_most(path.stat().st_size + 5) if event == "upload" else nullcontext()
         with room:
             write(journal, event, **facts)
 
