@@ -31,7 +31,9 @@ async def build(
     if parts.peer_limits is None:
         raise RuntimeError("a channel is built after its handshake")
     control = await TcpControl.open(parts.control)
-    lanes: Sequence[Lane] = agreed.lanes or [TcpLane(sock, loop) for sock in parts.lanes]
+    lanes: Sequence[Lane] = agreed.lanes or [
+        TcpLane(sock, loop, heartbeat_s=config.heartbeat_s) for sock in parts.lanes
+    ]
     reason = f"{lanes[0].kind}: {agreed.reason}"
     return join(
         control,

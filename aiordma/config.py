@@ -12,6 +12,8 @@ MIN_SLOTS = 4
 MAX_SLOTS = 256
 """A CREDIT frame names slots in a bitmap of 256 bits."""
 MAX_LANES = 64
+MAX_KEEPALIVE_S = 32767
+"""What the kernel takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,12 @@ class ChannelConfig:
     path between two devices is tried."""
     close_timeout_s: float = 5.0
     """How long `aclose` waits for the peer's goodbye before it closes the connection regardless."""
+    keepalive_s: int = 60
+    """How long a connection is idle before the kernel asks whether the peer is there (tcp(7), TCP_KEEPIDLE). Shorter
+    than the shortest memory of a NAT or firewall on the way: some forget a connection after four minutes."""
+    heartbeat_s: float | None = None
+    """Send a few bytes so often on every TCP connection, for what ends idle ones and sees no keepalives: proxies,
+    tunnels, load balancers. None: none; through a proxy, every `keepalive_s`."""
     checksum: bool = True
     """Send an xxh3_64 check with each chunk; a receiver verifies whatever it is sent."""
     congestion: str | None = None
@@ -78,7 +86,9 @@ class ChannelConfig:
         _within("max_tensors", self.max_tensors, 1, 1 << 31)
         _within("max_transfer_bytes", self.max_transfer_bytes, 0, 1 << 60)
         _within("registered_bytes", self.registered_bytes, 0, 1 << 60)
-        for name in ("idle_timeout_s", "connect_timeout_s", "close_timeout_s", "probe_s"):
+        _within("keepalive_s", self.keepalive_s, 1, MAX_KEEPALIVE_S)
+        names = ["idle_timeout_s", "connect_timeout_s", "close_timeout_s", "probe_s"]
+        for name in (*names, *(["heartbeat_s"] if self.heartbeat_s is not None else [])):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")

@@ -8,6 +8,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Generator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -27,6 +28,7 @@ from aiordma.handshake import (
 from aiordma.lanes.choice import Choice
 from aiordma.listener import Handler, Listener, Server
 from aiordma.path import Agreed, RdmaPath, agree_as_client, local_choice
+from aiordma.proxy import Proxy
 
 LaneKind = Literal["tcp", "verbs"]
 
@@ -68,42 +70,63 @@ def connect(
     *,
     config: ChannelConfig | None = None,
     require: LaneKind | None = None,
+    proxy: str | None = None,
     timeout_s: float = 10.0,
 ) -> Opening[Channel]:
     """Open a channel to a listener: ``await connect(...)`` or ``async with connect(...) as channel``.
 
-    `require` refuses lanes of any other kind ("tcp" or "verbs"). Raises `ConnectError`: `ConnectTimeout` after
-    `timeout_s` seconds, `ForeignPeer`, `VersionMismatch`, `LaneRefused`; `RemoteProtocolError` if the peer's
-    handshake makes no sense; `ConfigError`; `Busy` beyond the memory budget. Cancelled, nothing is left behind.
+    `require` refuses lanes of any other kind ("tcp" or "verbs"). `proxy`, ``http://[USER:PASSWORD@]HOST:PORT``, is an
+    HTTP proxy that the connections go through (CONNECT); user and password go there in the clear. RDMA lanes are not
+    tried then, and each connection has a heartbeat (`ChannelConfig.heartbeat_s`).
+
+    Raises `ConnectError`: `ConnectTimeout` after `timeout_s` seconds, `ForeignPeer`, `VersionMismatch`, `LaneRefused`,
+    `ProxyError`; `RemoteProtocolError` if the peer's handshake makes no sense; `ConfigError`; `Busy` beyond the memory
+    budget. Cancelled, nothing is left behind.
     """
-    return Opening(lambda: _connect(host, port, config or ChannelConfig(), require, timeout_s))
+    return Opening(
+        lambda: _connect(host, port, config or ChannelConfig(), require, proxy, timeout_s)
+    )
 
 
 async def _connect(
-    host: str, port: int, config: ChannelConfig, require: LaneKind | None, timeout_s: float
+    host: str,
+    port: int,
+    config: ChannelConfig,
+    require: LaneKind | None,
+    proxy: str | None,
+    timeout_s: float,
 ) -> Channel:
     _check_port(port)
     if require not in (None, "tcp", "verbs"):
         raise ConfigError(f"require must be None, 'tcp' or 'verbs', not {require!r}")
+    between = None
+    if proxy is not None:
+        between = Proxy.parse(proxy)
+        beat_s = config.keepalive_s if config.heartbeat_s is None else config.heartbeat_s
+        config = replace(config, heartbeat_s=beat_s)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _open(host, port, config, require)
+            return await _open(host, port, config, require, between)
     except TimeoutError as exc:
         if isinstance(exc, AiordmaError):
             raise
+        through = f" through the proxy {between.address}" if between else ""
         raise ConnectTimeout(
-            f"no channel to {host}:{port} within {timeout_s:g} s: the peer accepts connections but does not "
-            "answer, or the way there is blocked"
+            f"no channel to {host}:{port}{through} within {timeout_s:g} s: the peer accepts connections but does "
+            "not answer, or the way there is blocked"
         ) from exc
 
 
-async def _open(host: str, port: int, config: ChannelConfig, require: LaneKind | None) -> Channel:
-    parts = Parts(await dial(host, port), [])
+async def _open(
+    host: str, port: int, config: ChannelConfig, require: LaneKind | None, between: Proxy | None
+) -> Channel:
+    reach = dial if between is None else between.dial
+    parts = Parts(await reach(host, port), [])
     async with contextlib.AsyncExitStack() as undo:
         undo.callback(parts.close)
         parts.rings = reserve(config, config.lanes)
-        tune_control(parts.control)
-        choice = _choice(config, parts, require)
+        tune_control(parts.control, config)
+        choice = _choice(config, parts, require, between)
         sent_at = time.perf_counter()
         if isinstance(choice, str):
             answer = await request(parts, config, ("tcp",), choice)
@@ -119,18 +142,22 @@ async def _open(host: str, port: int, config: ChannelConfig, require: LaneKind |
             if require == "verbs":
                 raise LaneRefused(f"require='verbs', and there is no way to: {agreed.reason}")
             for lane in range(answer.lanes):
-                parts.lanes.append(await dial(host, port))
+                parts.lanes.append(await reach(host, port))
                 await open_lane(parts.lanes[-1], answer, lane, config)
         channel = await build(parts, agreed, config, peer=f"{host}:{port}", rtt_s=rtt_s)
         undo.pop_all()
     return channel
 
 
-def _choice(config: ChannelConfig, parts: Parts, require: LaneKind | None) -> Choice | str:
+def _choice(
+    config: ChannelConfig, parts: Parts, require: LaneKind | None, between: Proxy | None
+) -> Choice | str:
     """The RDMA device to use, or why there is none."""
     if require == "tcp":
         return "require='tcp'"
     try:
+        if between is not None:
+            raise LaneRefused(f"the way goes through the proxy {between.address}, by TCP alone")
         return local_choice(config, parts.control)
     except LaneRefused as exc:
         if require == "verbs":

@@ -18,6 +18,8 @@
     │       ├── ForeignPeer           something that is not aiordma answers at that port
     │       ├── VersionMismatch       an aiordma of another wire version answers
     │       ├── LaneRefused           the peer does not accept a lane, or `require=` cannot be met
+    │       ├── ProxyError            what `proxy=` names cannot be reached, or speaks no HTTP
+    │       │   └── ProxyRefused      the proxy does not open a way to the server: its `status` says why
     │       └── ConnectTimeout        no channel within `timeout_s` (also a TimeoutError)
     └── TransferError                 one transfer failed; its channel stays usable
         ├── TransferAborted           one of the ends gave it up
@@ -45,6 +47,8 @@ __all__ = [
     "ManifestError",
     "MessageError",
     "PeerTimeout",
+    "ProxyError",
+    "ProxyRefused",
     "RegistrationError",
     "RemoteProtocolError",
     "TensorError",
@@ -125,6 +129,22 @@ class VersionMismatch(ConnectError):
 
 class LaneRefused(ConnectError):
     """The peer does not accept a lane, or `require=` cannot be met."""
+
+
+class ProxyError(ConnectError):
+    """The HTTP proxy on the way cannot be reached, hangs up, or is none."""
+
+
+class ProxyRefused(ProxyError):
+    """The HTTP proxy does not open a way to the server.
+
+    `status` is the answer's: 407 wants other credentials, 403 is its policy, 502 to 504 say that it did not reach the
+    server either.
+    """
+
+    def __init__(self, reason: str, *, status: int = 0) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class ConnectTimeout(ConnectError, TimeoutError):

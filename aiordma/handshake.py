@@ -27,9 +27,8 @@ from aiordma.ring import Ring
 from aiordma.wire import hello
 from aiordma.wire.hello import Answer, Body, Hello, LaneProof, Limits, Refusal
 
-KEEPALIVE_IDLE_S: Final = 60
-KEEPALIVE_INTERVAL_S: Final = 15
 KEEPALIVE_PROBES: Final = 4
+"""Unanswered ones that end a connection; so many of them take as long again as it was idle before the first."""
 MAX_REASON_CHARS: Final = 1000
 _HUNG_UP: Final = (
     "the peer hung up without a word: something else than aiordma listens there, or a server that is shutting "
@@ -120,18 +119,19 @@ async def dial(host: str, port: int) -> socket.socket:
     ) from failure
 
 
-def tune_control(sock: socket.socket) -> None:
-    """Notice a peer whose host is gone though the channel is idle (tcp(7))."""
+def tune_control(sock: socket.socket, config: ChannelConfig) -> None:
+    """Whole frames at once; and notice a peer whose host is gone though the channel is idle (tcp(7))."""
+    idle_s = config.keepalive_s
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, idle_s // KEEPALIVE_PROBES))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
 def tune_lane(sock: socket.socket, config: ChannelConfig) -> None:
-    """Lanes send whole frames at once, under the configured congestion control."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    """The same, since whatever is between forgets idle lanes as well; and the configured congestion control."""
+    tune_control(sock, config)
     if config.congestion is None:
         return
     try:
@@ -314,7 +314,7 @@ async def grant(sock: socket.socket, greeting: Hello, config: ChannelConfig) -> 
         raise RemoteProtocolError(
             f"a HELLO that wants {greeting.lanes} lanes of {greeting.lane_kinds}"
         )
-    tune_control(sock)
+    tune_control(sock, config)
     parts = Parts(sock, reserve(config, min(config.lanes, greeting.lanes)))
     parts.peer_limits = greeting.limits
     answer = Answer(

@@ -53,7 +53,7 @@ class Link:
         self.loans = Loans(lambda transfer: self._recall(transfer, is_sending=True))
         self._early = EarlyChunks()
         self._control = control
-        self._pulse = Pulse(self, config.idle_timeout_s)
+        self._pulse = Pulse(self, config.idle_timeout_s, config.heartbeat_s)
         self._closing: asyncio.Task[None] | None = None
 
     def start(self, ports: list[Port]) -> None:

@@ -1,4 +1,5 @@
-"""Time on a channel: pings while something is open, and the idle timeout. Nothing runs on an idle channel."""
+"""Time on a channel: pings while something is open, and the idle timeout. Nothing runs on an idle channel, but a
+heartbeat where one is wanted."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from aiordma.errors import AiordmaError, PeerTimeout, again
 
 _TICKS: Final = 8
 """How often an idle timeout is looked at, and the peer pinged, while it runs."""
+
+_NOBODYS: Final = 0
+"""The token of a heartbeat: nobody waits for its pong."""
 
 
 class PulseOwner(Protocol):
@@ -32,7 +36,9 @@ class PulseOwner(Protocol):
 class Pulse:
     """Measures the round trip, and notices a silent peer."""
 
-    def __init__(self, owner: PulseOwner, idle_timeout_s: float) -> None:
+    def __init__(
+        self, owner: PulseOwner, idle_timeout_s: float, heartbeat_s: float | None = None
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._owner = owner
         self._idle_s = idle_timeout_s
@@ -40,6 +46,9 @@ class Pulse:
         self._tokens = 0
         self._pings: dict[int, tuple[float, asyncio.Future[float]]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._heart: asyncio.TimerHandle | None = None
+        if heartbeat_s is not None:
+            self._heart = self._loop.call_later(heartbeat_s, self._beat, heartbeat_s)
 
     def now(self) -> float:
         """The loop's clock."""
@@ -57,9 +66,10 @@ class Pulse:
 
     def stop(self, error: AiordmaError) -> None:
         """No more ticks; who waits for a pong gets the error."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._heart):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._heart = None
         pings, self._pings = self._pings, {}
         for _, future in pings.values():
             if not future.done():
@@ -90,6 +100,10 @@ class Pulse:
         self._pings[self._tokens] = time.perf_counter(), future
         self._owner.send_ping(self._tokens)
         return self._tokens, future
+
+    def _beat(self, every_s: float) -> None:
+        self._heart = self._loop.call_later(every_s, self._beat, every_s)
+        self._owner.send_ping(_NOBODYS)
 
     def _schedule(self) -> None:
         due = self._loop.time() + self._idle_s / _TICKS

@@ -83,7 +83,7 @@ async def take_part(address: tuple[str, int], name: str) -> None:
 
 
 async def main() -> None:
-    server = fedllm.Server(
+    server = fedllm.Federation(
         full_arrays(make_model()),
         fedllm.RunConfig(min_silos=2, rounds=3),
         fingerprint={},

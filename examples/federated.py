@@ -1,7 +1,7 @@
 """Federated rounds without torch: three silos find a line that none of them could find alone.
 
 Each silo's inputs are 0 in one place, so that its data says nothing of the weight there. This program owns
-its channels; `fedllm.Server` and `fedllm.join` do the same for who would rather not.
+its channels; `fedllm.Federation` and `fedllm.join` do the same for who would rather not.
 
 python examples/federated.py
 """

@@ -82,7 +82,7 @@ async def take_part(address: tuple[str, int], name: str) -> None:
 async def main() -> None:
     weights = full_arrays(Reader(), keep_local=KEEP)
     print("the server sees", ", ".join(weights))
-    server = fedllm.Server(
+    server = fedllm.Federation(
         weights, fedllm.RunConfig(min_silos=2, rounds=ROUNDS), fingerprint=FINGERPRINT
     )
     async with server, asyncio.TaskGroup() as silos:

@@ -77,7 +77,7 @@ def tell(result: fedllm.RoundResult) -> None:
 async def main() -> None:
     weights: Mapping[str, Any] = full_arrays(build())
     settings = fedllm.RunConfig(min_silos=2, rounds=ROUNDS)
-    server = fedllm.Server(weights, settings, fingerprint={}, on_round=tell)
+    server = fedllm.Federation(weights, settings, fingerprint={}, on_round=tell)
     with tempfile.TemporaryDirectory() as folder:
         async with server, asyncio.TaskGroup() as silos:
             address = await server.start()

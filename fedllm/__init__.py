@@ -1,7 +1,7 @@
 """Federated rounds of language models over aiordma: a thin layer of coroutines.
 
     settings = RunConfig(min_silos=2, rounds=10)
-    history = await Server(weights, settings, fingerprint=f).run(host, port)
+    history = await Federation(weights, settings, fingerprint=f).run(host, port)
 
     async with join(host, port, name="bank", fingerprint=f) as silo:
         async for task in silo.rounds():
@@ -20,6 +20,7 @@ from fedllm.errors import (
     CheckpointError,
     FedError,
     JoinRefused,
+    JournalError,
     QuorumNotReached,
     RoundAbandoned,
     RoundError,
@@ -31,13 +32,14 @@ from fedllm.errors import (
     WeightsError,
 )
 from fedllm.evaluation import Evaluation, run_evaluation
+from fedllm.federation import Federation
 from fedllm.history import History, RoundRecord
 from fedllm.joining import join
 from fedllm.memory import Memory
 from fedllm.messages import Shard
 from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
+from fedllm.policy import Between, OneOf, Policy
 from fedllm.rounds import RoundResult, run_round
-from fedllm.server import Server
 from fedllm.shards import Shards
 from fedllm.silo import EvaluationTask, Report, RoundTask, Silo
 from fedllm.staged import Staged
@@ -48,6 +50,7 @@ __all__ = [
     "Aggregation",
     "Aligned",
     "Backoff",
+    "Between",
     "CheckpointError",
     "Checkpoints",
     "Contribution",
@@ -56,11 +59,15 @@ __all__ = [
     "EvaluationTask",
     "FedAvg",
     "FedError",
+    "Federation",
     "History",
     "JoinRefused",
+    "JournalError",
     "Memory",
+    "OneOf",
     "Outcome",
     "Participation",
+    "Policy",
     "QuorumNotReached",
     "Ready",
     "Report",
@@ -71,7 +78,6 @@ __all__ = [
     "RoundTask",
     "RunConfig",
     "RunFailed",
-    "Server",
     "ServerLost",
     "SettingError",
     "Shard",

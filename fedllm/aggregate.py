@@ -61,8 +61,11 @@ class Aggregation(Protocol):
     def restarts(self) -> int:
         """How often all uploads had to begin anew, because a silo fell out."""
 
-    def begin(self, name: str, weight: float) -> Contribution:
+    def begin(self, name: str, weight: float | None) -> Contribution:
         """A silo's place; all begin before the first update is received.
+
+        If the weight of one whose update is taken is None, all count alike: a mean by weights that are known in
+        part would be that of nobody.
 
         Raises `UpdateError` for a weight that is none, or a name that has a place; `StagingError` if there is no
         room.
@@ -75,9 +78,9 @@ class Aggregation(Protocol):
         """What `commit` made: new arrays with the global weights' names, shapes and dtypes, in their order."""
 
 
-def check_weight(weight: float) -> None:
-    """Raise `UpdateError` unless 0 < `weight` <= 1e12."""
-    if not 0 < weight <= MAX_WEIGHT:
+def check_weight(weight: float | None) -> None:
+    """Raise `UpdateError` unless 0 < `weight` <= 1e12, or it is not disclosed."""
+    if weight is not None and not 0 < weight <= MAX_WEIGHT:
         raise UpdateError(f"weight {weight!r} is not above 0 and at most {MAX_WEIGHT:g}")
 
 

@@ -88,7 +88,7 @@ class Aligned:
         """Bytes of the update that are folded."""
         return self._folded_bytes
 
-    def begin(self, name: str, weight: float) -> AlignedContribution:
+    def begin(self, name: str, weight: float | None) -> AlignedContribution:
         """A silo's place. Raises `UpdateError`; `FedError` once folding has begun."""
         if self._folded_bytes or self._is_committed:
             raise FedError(
@@ -204,7 +204,7 @@ class AlignedContribution:
       └──abort, or refused──▶ OUT
     """
 
-    def __init__(self, name: str, weight: float, owner: Aligned) -> None:
+    def __init__(self, name: str, weight: float | None, owner: Aligned) -> None:
         self.name = name
         self.weight = weight
         self._owner = owner

@@ -236,14 +236,19 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> Any:
             out.flush()
             os.fsync(out.fileno())
         aside.replace(path)
-        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
     return answer
+
+
+def flush_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: a new file is there only with its name. fsync(2)."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(folder: Path, name: str) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
+import msgspec
 from numpy.typing import NDArray
 
 from aiordma import Channel, ChannelError, MessageError, Outgoing, Transfer, TransferError
 from fedllm.errors import ServerLost
+from fedllm.journal import Journal, digest_of
 from fedllm.memory import Memory
 from fedllm.messages import FROM_SERVER, Decline, Ready, ServerMessage, is_for
 from fedllm.participation import turn_away
+from fedllm.policy import Policy
 
 __all__ = ["Conversation", "server_lost"]
 
@@ -22,16 +25,25 @@ T = TypeVar("T")
 
 
 class Conversation:
-    """One silo's talk with the server. All calls but `say` raise `ServerLost` when the channel is over."""
+    """One silo's talk with the server. All calls but `say` raise `ServerLost` when the channel is over.
 
-    def __init__(self, channel: Channel) -> None:
+    All that leaves the silo goes through `say` and `upload`: trimmed to its policy, and written to its journal first
+    (or `JournalError`).
+    """
+
+    def __init__(self, channel: Channel, policy: Policy, journal: Journal | None) -> None:
         self._channel = channel
+        self._policy = policy
+        self._journal = journal
         self._heard: asyncio.Task[ServerMessage] | None = None
         self._offered: deque[Transfer] = deque()
         """What is not for the present task: for an earlier one, or for one that is yet to be read."""
 
     async def say(self, message: Ready | Decline) -> None:
         """Answer a task, or the request for an update that there is not any more."""
+        if isinstance(message, Ready):
+            message = self._policy.told(message)
+        await self._note("said", message)
         # A channel that is over says so to who listens, after what the server said before.
         with contextlib.suppress(ChannelError):
             await self._channel.send(message)
@@ -47,11 +59,19 @@ class Conversation:
     async def hear(self) -> ServerMessage:
         """The next message."""
         message = await self.peek()
+        await self._note("heard", message)
         self._heard = None
         return message
 
-    async def upload(self, outgoing: Outgoing, meta: object) -> bool:
+    async def upload(self, outgoing: Outgoing, meta: Mapping[str, int]) -> bool:
         """Whether the update was sent whole. If not, the server says what comes next."""
+        if self._journal is not None:
+            digest = await asyncio.to_thread(digest_of, outgoing)
+            ordered = sorted(outgoing.manifest.tensors, key=lambda spec: spec.offset)
+            tensors = {spec.name: [spec.dtype, spec.shape] for spec in ordered}
+            size = outgoing.manifest.total_bytes
+            facts = {**meta, "bytes": size, "sha256": digest, "tensors": tensors}
+            await asyncio.to_thread(self._journal.write, "upload", **facts)
 
         async def send() -> bool:
             await self._channel.send_tensors(outgoing, meta=meta)
@@ -77,6 +97,11 @@ class Conversation:
         if heard is not None:
             heard.cancel()
             await asyncio.gather(heard, return_exceptions=True)
+
+    async def _note(self, event: str, message: ServerMessage | Ready | Decline) -> None:
+        if self._journal is not None:
+            facts = {"message": type(message).__name__, **msgspec.structs.asdict(message)}
+            await asyncio.to_thread(self._journal.write, event, **facts)
 
     async def _next_weights(self, ticket: int, memory: Memory | None) -> dict[str, NDArray[Any]]:
         offered = self._offered

@@ -13,6 +13,7 @@ What the network does below it is told by `aiordma.AiordmaError` and its subclas
     │   ├── RoundAbandoned  a round ended without a result; nothing was wrong with this silo
     │   └── QuorumNotReached   too few silos: the old weights stay; carries the outcomes
     ├── CheckpointError     a checkpoint cannot be written or read; says which, and what to do
+    ├── JournalError        the silo's record of what leaves it cannot be written; nothing was sent
     ├── JoinRefused         the server does not take this silo, and says why
     ├── ServerLost          the connection to the server is gone
     └── RunFailed           the server gave the whole run up, and says why
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "FedError",
     "JoinRefused",
+    "JournalError",
     "QuorumNotReached",
     "RoundAbandoned",
     "RoundError",
@@ -93,6 +95,10 @@ class QuorumNotReached(RoundError):
 
 class CheckpointError(FedError):
     """A checkpoint that cannot be written or read. Says which; those before it are whole."""
+
+
+class JournalError(FedError):
+    """The silo's record of what leaves it cannot be written, and so nothing was sent."""
 
 
 class JoinRefused(FedError):

@@ -40,10 +40,13 @@ BLOCK_ITEMS: Final = 1 << 15
 """Elements that are folded at a time: the scratch blocks stay in the L2 cache."""
 
 
-def shares_of(weights: Sequence[float]) -> list[float]:
-    """Each weight's part of their sum."""
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
+def shares_of(weights: Sequence[float | None]) -> list[float]:
+    """Each weight's part of their sum; if one is not known, equal parts."""
+    known = [weight for weight in weights if weight is not None]
+    if len(known) < len(weights):
+        return [1 / len(weights)] * len(weights)
+    total = math.fsum(known)
+    return [weight / total for weight in known]
 
 
 def check_finite(name: str, row: Flat, shape: tuple[int, ...], first: int = 0) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,9 +17,11 @@ from fedllm.backoff import Backoff
 from fedllm.config import check_seconds
 from fedllm.conversation import server_lost
 from fedllm.errors import JoinRefused, ServerLost, SettingError
+from fedllm.journal import Journal
 from fedllm.kept import Kept
 from fedllm.messages import JOIN_ANSWER, Join, Refused, Shard, Welcome
-from fedllm.silo import Silo
+from fedllm.policy import Policy
+from fedllm.silo import OPEN, Silo
 
 __all__ = ["join"]
 
@@ -37,40 +40,38 @@ async def join(
     backoff: Backoff | None = USUAL,
     keep: Path | None = None,
     shard: Shard | None = None,
+    policy: Policy = OPEN,
+    journal: Path | None = None,
+    proxy: str | None = None,
     on_event: Callable[[str], object] | None = None,
 ) -> AsyncGenerator[Silo, None]:
     """Connect to a server and be admitted: ``async with join(...) as silo``. Leaving the block says goodbye.
 
-    `name`: 1 to 64 letters, digits and ``_.:@-``, of no other silo of the run. `fingerprint`: digests by what
-    they are of ("weights", "tokenizer", "adapter"), which must equal the server's. Connecting and admission
-    may take `timeout_s` each.
+    `name`: 1 to 64 letters, digits and ``_.:@-``, of no other silo of the run. `fingerprint`: digests by what they are
+    of ("weights", "tokenizer"), which must equal the server's. Connecting and admission may take `timeout_s` each.
 
-    A server that is not there yet, or is lost later, is tried again after the pauses of `backoff`, until its patience
-    is at its end; with None, once is all. `keep`: a folder for the last update, so that it survives the death of either
-    end: a round that comes again has it handed in again, without training; None: the silo trains again. `on_event` is
-    told, in words, of each failure and what comes next.
+    A server that is not there, or is lost, is tried again after the pauses of `backoff`, while it has patience; with
+    None, once is all. `keep`: a folder for the last update, which survives the death of either end: a round that comes
+    again has it handed in again, without training. `on_event` is told, in words, of failures and what comes next.
 
-    `shard`: each rank of a sharded silo joins for itself, under the silo's name, and says what it holds. They are
-    admitted when all are there, which a rank waits for as long as it takes. Each gets its part of the weights, and
-    submits its part of the update, with the weight of the whole silo; the first rank's metrics and norm count. `keep`
-    would have one rank hand in what another trains anew: with a shard it is a `SettingError`.
+    `shard`: each rank of a sharded silo joins for itself, under the silo's name, and says what it holds. It waits until
+    all are there, gets its part of the weights, and submits its part of the update, with the weight of the whole silo;
+    the first rank's metrics and norm count. A rank cannot `keep`: another might train anew what it hands in.
+
+    `policy`: what the server may ask, and what it is told. `journal`: a file for a record of what left the silo, of
+    which each line is on the disk before that is sent. `proxy`: the HTTP proxy on the way, see `aiordma.connect`.
 
     Raises `SettingError` for a name or fingerprint that is none, `JoinRefused` with the server's reason,
     `ServerLost` if it does not answer, `aiordma.ConnectError` if there is no aiordma server, `CheckpointError` if
-    `keep` cannot be used. Cancelled, nothing is left behind.
+    `keep` cannot be used, `JournalError` if the journal cannot. Cancelled, nothing is left behind.
     """
     check_seconds("timeout_s", timeout_s)
-    if shard is not None and keep is not None:
-        raise SettingError("the ranks of a sharded silo keep no updates: leave keep= away")
-    request = Join(name, dict(fingerprint), secrets.token_hex(16), shard)
-    try:
-        msgspec.convert(msgspec.to_builtins(request), Join)
-    except msgspec.ValidationError as exc:
-        raise SettingError(f"no server takes such a request to join: {exc}") from exc
     kept = Kept(keep, name) if keep is not None else None
-    if kept is not None:
-        request = msgspec.structs.replace(request, key=await asyncio.to_thread(kept.key))
-    door = _Door(host, port, request, config, timeout_s, backoff, on_event)
+    request = await _request(name, fingerprint, kept, shard)
+    record = Journal(journal, name) if journal is not None else None
+
+    dial = partial(connect, host, port, config=config, proxy=proxy, timeout_s=timeout_s)
+    door = _Door(dial, f"{host}:{port}", request, timeout_s, backoff, record, on_event)
     try:
         channel, welcome = await door.enter()
         async with Silo(
@@ -81,6 +82,8 @@ async def join(
             return_to=None if backoff is None else door.enter,
             kept=kept,
             shard=shard,
+            policy=policy,
+            journal=record,
             on_event=on_event,
         ) as silo:
             yield silo
@@ -88,24 +91,40 @@ async def join(
         await door.aclose()
 
 
+async def _request(
+    name: str, fingerprint: Mapping[str, str], kept: Kept | None, shard: Shard | None
+) -> Join:
+    if shard is not None and kept is not None:
+        raise SettingError("the ranks of a sharded silo keep no updates: leave keep= away")
+    request = Join(name, dict(fingerprint), secrets.token_hex(16), shard)
+    try:
+        msgspec.convert(msgspec.to_builtins(request), Join)
+    except msgspec.ValidationError as exc:
+        raise SettingError(f"no server takes such a request to join: {exc}") from exc
+    if kept is not None:
+        request = msgspec.structs.replace(request, key=await asyncio.to_thread(kept.key))
+    return request
+
+
 class _Door:
     """Opens the silo's channel, as often as need be; there is one at a time."""
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        dial: Callable[[], Awaitable[Channel]],
+        address: str,
         request: Join,
-        config: ChannelConfig | None,
         timeout_s: float,
         backoff: Backoff | None,
+        journal: Journal | None,
         on_event: Callable[[str], object] | None,
     ) -> None:
-        self._address = host, port
+        self._dial = dial
+        self._address = address
         self._request = request
-        self._config = config
         self._timeout_s = timeout_s
         self._backoff = backoff
+        self._journal = journal
         self._on_event = on_event
         self._channel: Channel | None = None
 
@@ -146,13 +165,22 @@ class _Door:
             await channel.aclose()
 
     async def _knock(self) -> tuple[Channel, Welcome]:
-        channel = await connect(*self._address, config=self._config, timeout_s=self._timeout_s)
+        channel = await self._dial()
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(channel.aclose)
+            request = self._request
+            rank = None if request.shard is None else request.shard.rank
+            facts = {"name": request.name, "fingerprint": request.fingerprint, "rank": rank}
+            await self._note("join", server=self._address, **facts)
             welcome = await self._be_admitted(channel)
+            await self._note("welcome", **msgspec.structs.asdict(welcome))
             undo.pop_all()
         self._channel = channel
         return channel, welcome
+
+    async def _note(self, event: str, **facts: object) -> None:
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.write, event, **facts)
 
     async def _be_admitted(self, channel: Channel) -> Welcome:
         try:

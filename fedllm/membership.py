@@ -78,7 +78,7 @@ class Membership:
         like: Arrays,
         on_silo: Callable[[str, str], object] | None,
     ) -> None:
-        """`on_silo` is told of everybody who comes, goes or is refused; see `Server`. Of the weights `like` only
+        """`on_silo` is told of everybody who comes, goes or is refused; see `Federation`. Of the weights `like` only
         names and shapes matter."""
         self.run = secrets.token_hex(8)
         """The run's name."""

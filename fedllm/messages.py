@@ -124,7 +124,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Training is done, and the update will not change until the Commit; or the weights are judged."""
 
     ticket: int
-    weight: float
+    weight: float | None
+    """None: not disclosed. All silos of the round count alike then."""
     norm: float | None
     metrics: Metrics
 

@@ -76,7 +76,7 @@ class Outcome:
     error: Exception | None = None
     """The cause, without its traceback, whose frames would keep whole models alive."""
     weight: float | None = None
-    """What the silo reported; None before READY."""
+    """What the silo reported; None before READY, or if it does not disclose it."""
     norm: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     sent_bytes: int = 0

@@ -21,6 +21,7 @@ from aiordma import prepare
 from fedllm.aggregate import Aggregation, Arrays, Contribution
 from fedllm.config import check_seconds
 from fedllm.errors import QuorumNotReached, RoundAbandoned, SettingError
+from fedllm.fold import shares_of
 from fedllm.messages import Commit, Ready, Task, check_arguments
 from fedllm.participation import Outcome, Status, exchange, tell, without_traceback
 from fedllm.shards import Peer, Shards
@@ -38,7 +39,8 @@ class RoundResult:
     outcomes: Mapping[str, Outcome]
     """By silo, in the order of the names."""
     metrics: Mapping[str, float]
-    """Means over the committed silos of what all of them reported, by their reported weights."""
+    """Means over the committed silos of what all of them reported, by their reported weights; plain ones if a silo
+    does not disclose its own."""
     seconds: float
 
 
@@ -259,13 +261,13 @@ async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 def mean_metrics(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """Of what all the committed report, by their reported weights; empty if nobody is."""
+    """Of what all the committed report, by their shares of the reported weights; empty if nobody is."""
     committed = [o for o in outcomes.values() if o.status is Status.COMMITTED]
     if not committed:
         return {}
     shared = set.intersection(*(set(o.metrics) for o in committed))
-    total = sum(o.weight or 0.0 for o in committed)
+    shares = shares_of([o.weight for o in committed])
     return {
-        key: sum((o.weight or 0.0) * o.metrics[key] for o in committed) / total
+        key: sum(share * o.metrics[key] for share, o in zip(shares, committed, strict=True))
         for key in sorted(shared)
     }

@@ -332,7 +332,7 @@ def _height(shape: tuple[int, ...]) -> int:
 
 
 def _check_weights(weights: Iterable[float | None]) -> None:
-    found = sorted({weight or 0.0 for weight in weights})
+    found = sorted(set(weights), key=lambda weight: -1.0 if weight is None else weight)
     if len(found) > 1:
         raise UpdateError(
             f"its ranks report different weights, {found[:5]}: each is to report that of the whole silo"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, SupportsFloat, TypeAlias
+from typing import Any, Final, Self, SupportsFloat, TypeAlias
 
 import msgspec
 from numpy.typing import NDArray
@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 from aiordma import Channel, MessageError, Outgoing, prepare
 from fedllm.conversation import Conversation
 from fedllm.errors import FedError, RunFailed, ServerLost, SettingError
+from fedllm.journal import Journal
 from fedllm.kept import Kept, identify
 from fedllm.memory import Memory
 from fedllm.messages import Begin, Commit, Decline, Goodbye, Ready, Shard, Task, Upload, Welcome
+from fedllm.policy import Policy
 
 __all__ = ["Evaluate", "EvaluationTask", "Report", "RoundTask", "Silo"]
+
+OPEN: Final = Policy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +51,10 @@ class EvaluationTask:
 
 
 Evaluate: TypeAlias = Callable[
-    [EvaluationTask], Awaitable[tuple[SupportsFloat, Mapping[str, SupportsFloat]]]
+    [EvaluationTask], Awaitable[tuple[SupportsFloat | None, Mapping[str, SupportsFloat]]]
 ]
-"""Judges weights: returns how much the silo counts (as a rule the number of examples), and metrics by name."""
+"""Judges weights: returns how much the silo counts (as a rule the number of examples; see `RoundTask.submit`), and
+metrics by name."""
 
 
 class Silo:
@@ -68,6 +73,8 @@ class Silo:
         return_to: Callable[[ServerLost], Awaitable[tuple[Channel, Welcome]]] | None = None,
         kept: Kept | None = None,
         shard: Shard | None = None,
+        policy: Policy = OPEN,
+        journal: Journal | None = None,
         on_event: Callable[[str], object] | None = None,
     ) -> None:
         """`return_to` is how to get back to a server that was lost, `kept` where updates are kept, `shard` what
@@ -81,7 +88,9 @@ class Silo:
         """The last global weights, once the run is over and the server has sent them."""
         self.memory: Memory | None = None
         """Where that for the weights of each round comes from: to be set before them. None: the system."""
-        self._talk = Conversation(channel)
+        self._policy = policy
+        self._journal = journal
+        self._talk = Conversation(channel, policy, journal)
         self._unanswered: int | None = None
         """The ticket of the last task, until it has its Ready or Decline."""
         self._return_to = return_to
@@ -140,6 +149,9 @@ class Silo:
                 await self.say(Decline(message.ticket, "the weights did not arrive"))
             elif not await self._may_begin(message.ticket):
                 continue  # and decline
+            elif objection := self._policy.objection(message.arguments):
+                self._tell(f"round {message.round}: refused: {objection}")
+                await self.say(Decline(message.ticket, objection))
             elif message.evaluates:
                 await self._judge(message, weights, evaluate)
             else:
@@ -204,7 +216,7 @@ class Silo:
         await self.aclose()
         self._unanswered = None
         channel, welcome = await self._return_to(lost)
-        self._talk = Conversation(channel)
+        self._talk = Conversation(channel, self._policy, self._journal)
         self.run, self.total_rounds = welcome.run, welcome.rounds
         self._tell(f"back: round {welcome.round} of {welcome.rounds}")
 
@@ -286,7 +298,7 @@ class RoundTask:
         self,
         update: Mapping[str, object],
         *,
-        weight: SupportsFloat,
+        weight: SupportsFloat | None,
         metrics: Mapping[str, SupportsFloat] | None = None,
         norm: SupportsFloat | None = None,
     ) -> Report:
@@ -294,7 +306,8 @@ class RoundTask:
 
         `update`: names to contiguous numpy arrays or torch tensors, of the names, shapes and dtypes of `weights`.
         It must not change until this returns: the server may ask for all of it again. `weight`: how much it
-        counts, as a rule the number of training examples. `norm`, if known, is reported as it is.
+        counts, as a rule the number of training examples; None if that is not to be known: all silos of the round
+        count alike then. `norm`, if known, is reported as it is.
 
         Returns the verdict, also when the silo was late or the update was refused, or when the server was lost and
         there is a way back: the next task may then be this one again. A silo that keeps its updates (see `join`)
@@ -344,7 +357,7 @@ def _in_order_of(
 
 def _report(
     ticket: int,
-    weight: SupportsFloat,
+    weight: SupportsFloat | None,
     norm: SupportsFloat | None,
     metrics: Mapping[str, SupportsFloat],
 ) -> Ready:
@@ -352,7 +365,7 @@ def _report(
     try:
         ready = Ready(
             ticket,
-            float(weight),
+            None if weight is None else float(weight),
             None if norm is None else float(norm),
             {name: float(value) for name, value in metrics.items()},
         )

@@ -84,7 +84,7 @@ class Staged:
         self._begun: dict[str, StagedContribution] = {}
         self._result: dict[str, NDArray[Any]] | None = None
 
-    def begin(self, name: str, weight: float) -> StagedContribution:
+    def begin(self, name: str, weight: float | None) -> StagedContribution:
         """A silo's place, whose `buffers` are allocated here. Raises `UpdateError`; `StagingError` if a file is
         due, and the disk has no room for it.
 
@@ -163,7 +163,7 @@ class StagedContribution:
     """No silo waits for another here."""
 
     def __init__(
-        self, weight: float, buffers: dict[str, NDArray[Any]], *, is_filed: bool = False
+        self, weight: float | None, buffers: dict[str, NDArray[Any]], *, is_filed: bool = False
     ) -> None:
         self.weight = weight
         self.stage = Stage.OPEN

@@ -20,8 +20,11 @@ class Strategy(Protocol):
     def aggregation(self, weights: Arrays) -> Aggregation:
         """Where this round's updates are gathered. `weights` are the global ones. Raises `WeightsError`."""
 
-    def weight(self, reported: float) -> float:
-        """How much a silo counts that reported `reported` examples. Raises `UpdateError`."""
+    def weight(self, reported: float | None) -> float | None:
+        """How much a silo counts that reported `reported` examples; None if it did not say.
+
+        If one is None all silos of the round count alike. Raises `UpdateError`.
+        """
 
     def step(
         self, weights: Arrays, combined: dict[str, NDArray[Any]]
@@ -33,7 +36,8 @@ class Strategy(Protocol):
 class FedAvg:
     """The mean of the silos' weights (McMahan et al. 2017, arXiv:1602.05629), each by its examples.
 
-    With `weighted=False` all silos count alike, whatever they report.
+    With `weighted=False` all silos count alike, whatever they report. So they do in a round in which one of them
+    does not disclose its examples.
     """
 
     weighted: bool = True
@@ -46,8 +50,8 @@ class FedAvg:
         """As `aggregate` makes it."""
         return self.aggregate(weights)
 
-    def weight(self, reported: float) -> float:
-        """The number reported, or 1. Raises `UpdateError` unless 0 < `reported` <= 1e12."""
+    def weight(self, reported: float | None) -> float | None:
+        """The number reported, or 1. Raises `UpdateError` unless 0 < `reported` <= 1e12, or it is None."""
         check_weight(reported)
         return reported if self.weighted else 1.0
 

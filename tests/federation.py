@@ -11,7 +11,7 @@ import numpy as np
 
 import aiordma
 from aiordma import Channel, ChannelConfig
-from fedllm import History, Report, RoundResult, RunConfig, Server, Silo, join
+from fedllm import Federation, History, Report, RoundResult, RunConfig, Silo, join
 from fedllm.messages import JOIN_ANSWER, Join, Welcome
 
 QUICK = ChannelConfig(slot_bytes=1 << 14, slots=4, close_timeout_s=1.0)
@@ -54,7 +54,7 @@ class Log:
         await self.until(lambda log: any(line in one for one in log.lines))
 
 
-def server_of(log: Log, *, weights: Weights | None = None, **options: Any) -> Server:
+def server_of(log: Log, *, weights: Weights | None = None, **options: Any) -> Federation:
     """A server with the settings and options that are given, by name, and the log's hooks."""
     named = {field.name for field in fields(RunConfig)}
     settings: dict[str, Any] = {"min_silos": 1, "rounds": 1, "farewell_s": DEADLINE_S}
@@ -66,7 +66,7 @@ def server_of(log: Log, *, weights: Weights | None = None, **options: Any) -> Se
         "config": QUICK,
     }
     rest |= {name: value for name, value in options.items() if name not in named}
-    return Server(weights or weights_of(0), RunConfig(**settings), **rest)
+    return Federation(weights or weights_of(0), RunConfig(**settings), **rest)
 
 
 @asynccontextmanager

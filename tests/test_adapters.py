@@ -215,7 +215,7 @@ async def test_bfloat16_weights_go_over_a_channel_and_are_averaged():
                 await task.submit(full_arrays(trained), weight=1)
 
     settings = fedllm.RunConfig(min_silos=2, rounds=1)
-    server = fedllm.Server(full_arrays(model), settings, fingerprint={})
+    server = fedllm.Federation(full_arrays(model), settings, fingerprint={})
     async with server:
         address = await server.start()
         _, _, history = await asyncio.gather(

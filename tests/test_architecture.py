@@ -82,11 +82,12 @@ ROOMS: Mapping[str, str] = {
     "aiordma.channel": "aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
     f" aiordma.registration aiordma.lanes.registry {WIRE}",
     "aiordma.handshake": f"aiordma.errors aiordma.config aiordma.ring {WIRE}",
+    "aiordma.proxy": "aiordma.errors aiordma.handshake",
     "aiordma.assembly": "aiordma.errors aiordma.config aiordma.ring aiordma.stats aiordma.control"
     f" aiordma.port aiordma.link aiordma.channel aiordma.handshake aiordma.path aiordma.lanes.* {WIRE}",
     "aiordma.listener": "aiordma.errors aiordma.config aiordma.queues aiordma.channel"
     f" aiordma.handshake aiordma.path aiordma.assembly {WIRE}",
-    "aiordma.endpoint": "aiordma.errors aiordma.config aiordma.channel aiordma.handshake"
+    "aiordma.endpoint": "aiordma.errors aiordma.config aiordma.channel aiordma.handshake aiordma.proxy"
     " aiordma.path aiordma.assembly aiordma.listener aiordma.lanes.choice",
     "aiordma.bench": "",
     "aiordma.bench.*": "aiordma aiordma.errors aiordma.bench aiordma.bench.*",
@@ -96,7 +97,8 @@ ROOMS: Mapping[str, str] = {
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
-    " fedllm.memory fedllm.messages fedllm.shards fedllm.server fedllm.silo fedllm.joining fedllm.threads",
+    " fedllm.memory fedllm.messages fedllm.policy fedllm.shards fedllm.federation fedllm.silo fedllm.joining"
+    " fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
@@ -114,22 +116,26 @@ ROOMS: Mapping[str, str] = {
     "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.shards": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.staged fedllm.participation",
     "fedllm.assembly": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.shards",
-    "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards",
+    "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.fold fedllm.participation fedllm.shards",
     "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.rounds",
     "fedllm.history": "fedllm.participation fedllm.rounds",
     "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly",
-    "fedllm.server": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
+    "fedllm.federation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
     " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint",
     "fedllm.backoff": "fedllm.errors fedllm.config",
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
-    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation",
-    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation",
+    "fedllm.policy": "fedllm.errors fedllm.messages",
+    "fedllm.journal": "aiordma fedllm.errors fedllm.checkpoint",
+    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.policy fedllm.journal",
+    "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation fedllm.policy"
+    " fedllm.journal",
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
-    " fedllm.silo",
+    " fedllm.policy fedllm.journal fedllm.silo",
     "fedllm.bench": "",
     "fedllm.bench.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.bench.*",
     "fedllm.demo": "",
-    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.demo.*",
+    "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.policy"
+    " fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",
 }
 

@@ -17,7 +17,7 @@ import aiordma.__main__
 from aiordma import LaneRefused
 from aiordma.__main__ import main
 from aiordma.doctor import report
-from aiordma.doctor.checks import check, check_fork, usable_ports
+from aiordma.doctor.checks import check, usable_ports
 from aiordma.doctor.facts import Facts, Library, LockLimit, Node, Pyverbs, gather
 from aiordma.doctor.findings import Finding, is_well
 from aiordma.doctor.trial import path_test, self_test
@@ -207,13 +207,6 @@ WRONG = {
         ),
     ),
 }
-
-
-def test_what_a_fork_does_on_an_older_kernel():
-    (found,) = check_fork(WELL._replace(fork="enabled"))
-    assert found.level == "note"
-    assert "do not have registered memory" in found.text
-    assert "Linux 5.12" in found.remedy
 
 
 @pytest.mark.parametrize(("change", "line"), WRONG.values(), ids=WRONG)

@@ -15,7 +15,7 @@ from torch.distributed import tensor as dtensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fedllm import RunConfig, Server, SettingError, join
+from fedllm import Federation, RunConfig, SettingError, join
 from fedllm.adapters import (
     full_arrays,
     full_shard,
@@ -98,7 +98,7 @@ async def run_of(*silos: Any) -> tuple[dict[str, np.ndarray[Any, Any]], list[Any
     """Two rounds: the final weights, and what the silos said of the losses."""
     rounds: list[Any] = []
     model = Model()
-    server = Server(
+    server = Federation(
         {name: array.copy() for name, array in full_arrays(model).items()},
         RunConfig(min_silos=2, rounds=2, farewell_s=1),
         fingerprint={},

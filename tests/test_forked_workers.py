@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from aiordma import Channel, ChannelConfig, ChannelError
-from fedllm import History, RoundResult, RunConfig, Server, Status
+from fedllm import Federation, History, RoundResult, RunConfig, Status
 from tests.harness import cancel, program, until
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -88,7 +88,7 @@ def connections(port: int) -> list[str]:
 
 
 @asynccontextmanager
-async def running(server: Server) -> AsyncIterator[tuple[int, asyncio.Task[History]]]:
+async def running(server: Federation) -> AsyncIterator[tuple[int, asyncio.Task[History]]]:
     """The port of a server that runs, and its run."""
     async with server:
         _, port = await server.start()
@@ -123,7 +123,7 @@ async def test_a_channel_ends_though_forked_workers_hold_its_sockets(
         elif breaks:  # what no server says, so that the silo ends the channel without a word
             channels[0]._link._control.write(b"\xff" * 64)
 
-    server = Server(
+    server = Federation(
         {"w": np.zeros(3, np.float32)},
         RunConfig(min_silos=1, rounds=rounds, farewell_s=0.1),
         fingerprint={},

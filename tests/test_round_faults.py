@@ -4,12 +4,14 @@ import asyncio
 import math
 import re
 from contextlib import aclosing, suppress
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
 import aiordma
-from aiordma import Channel
+from aiordma import Channel, prepare
 from fedllm import Aligned, Ready, Staged, Status, UpdateError
 from fedllm.messages import FROM_SERVER, Commit, Decline, Upload
 from tests.playing import (
@@ -106,6 +108,16 @@ async def talk_nonsense(channel: Channel) -> Commit:
     return await channel.recv(FROM_SERVER)
 
 
+async def send_a_huge_meta(channel: Channel) -> None:
+    """Past the checks of our own end, which would send no such thing."""
+    task, attempt = await be_asked(channel)
+    meta = {**task.meta(attempt), "more": bytes(10 << 20)}
+    huge = replace(prepare(B), meta_bytes=msgspec.msgpack.encode(meta))
+    sent = channel._link.send(huge)
+    with pytest.raises(aiordma.ChannelBroken):
+        await sent.acknowledged
+
+
 FAULTS: dict[str, tuple[Behaviour, Status, str]] = {
     "dies before READY": (die_before_ready, Status.FAILED, "waiting for READY: .*closed"),
     "dies before its upload": (die_before_upload, Status.FAILED, "receiving the update: .*closed"),
@@ -114,6 +126,11 @@ FAULTS: dict[str, tuple[Behaviour, Status, str]] = {
         talk_nonsense,
         Status.FAILED,
         "waiting for READY: the message is not .*'Gibberish'",
+    ),
+    "a meta of 10 MB": (
+        send_a_huge_meta,
+        Status.FAILED,
+        "a control frame of 10485... bytes, over the 8388672",
     ),
     "aborts each upload": (break_every_upload_off, Status.FAILED, "receiving the update: .*cancel"),
 }
@@ -200,6 +217,34 @@ async def test_an_upload_that_was_broken_off_is_asked_for_again():
     result, seen = await play({"c": stumble}, weights=LARGE)
     assert seen["c"].accepted
     assert bits(result.weights) == bits(LARGE)
+
+
+@pytest.mark.parametrize("aggregate", [Staged], indirect=True)  # aligned, all uploads end together
+async def test_an_update_that_comes_twice_counts_once():
+    async def repeat(channel: Channel) -> Commit:
+        task, attempt = await be_asked(channel)
+        await channel.send_tensors(B, meta=task.meta(attempt), confirm=True)
+        again = asyncio.ensure_future(channel.send_tensors(C, meta=task.meta(attempt)))
+        repeated.set()
+        commit: Commit = await channel.recv(FROM_SERVER)
+        again.cancel()
+        await asyncio.gather(again, return_exceptions=True)
+        return commit
+
+    async def upload_then(channel: Channel) -> Commit:
+        task, attempt = await be_asked(channel)
+        await repeated.wait()
+        await channel.send_tensors(A, meta=task.meta(attempt))
+        return await channel.recv(FROM_SERVER)
+
+    repeated = asyncio.Event()
+    async with pairs("a", "c") as ends:
+        result, seen = await play({"a": upload_then, "c": repeat}, ends=ends)
+        assert bits(result.weights) == mean_of(("a", 1.0, A), ("c", 1.0, B))
+        assert seen["c"].accepted
+        # In the next round it is an update for a past one.
+        again, _ = await play({"a": takes_part(A), "c": takes_part(B)}, ends=ends, round=2)
+        assert bits(again.weights) == mean_of(("a", 1.0, A), ("c", 1.0, B))
 
 
 async def test_updates_of_other_tickets_are_refused_and_never_taken():

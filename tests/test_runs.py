@@ -8,12 +8,12 @@ import pytest
 
 from fedllm import (
     EarlyStop,
+    Federation,
     FedError,
     QuorumNotReached,
     RoundResult,
     RunConfig,
     RunFailed,
-    Server,
     ServerLost,
     SettingError,
     Status,
@@ -180,8 +180,8 @@ async def test_settings_that_cannot_work_are_refused_at_once():
             EarlyStop(metric="loss", **stop)
     settings = RunConfig(min_silos=1, rounds=1)
     with pytest.raises(WeightsError, match="'step'"):
-        Server({"step": np.zeros(1, np.int64)}, settings, fingerprint={})
-    server = Server(weights_of(0), settings, fingerprint={})
+        Federation({"step": np.zeros(1, np.int64)}, settings, fingerprint={})
+    server = Federation(weights_of(0), settings, fingerprint={})
     with pytest.raises(FedError, match="start"):
         _ = server.address
     async with server:

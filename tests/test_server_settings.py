@@ -9,11 +9,11 @@ import pytest
 from aiordma import TensorError
 from fedllm import (
     FedAvg,
+    Federation,
     QuorumNotReached,
     RoundResult,
     RunConfig,
     RunFailed,
-    Server,
     SettingError,
     join,
     run_round,
@@ -25,8 +25,8 @@ FINGERPRINT = {"weights": "1"}
 WEIGHTS = {"w": np.zeros(3, np.float32)}
 
 
-def server(weights: Any = WEIGHTS, *, rounds: int = 1, **options: Any) -> Server:
-    return Server(
+def server(weights: Any = WEIGHTS, *, rounds: int = 1, **options: Any) -> Federation:
+    return Federation(
         weights, RunConfig(min_silos=1, rounds=rounds), **{"fingerprint": FINGERPRINT, **options}
     )
 

@@ -5,7 +5,9 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -103,11 +105,11 @@ def learner() -> Learner:
     return prepare_learner(Base(GPT2LMHeadModel(config), tokenizer), "full", seed=0)
 
 
-def options(out: Path, *, resume: bool = False) -> ServeOptions:
+def options(out: Path) -> ServeOptions:
     return ServeOptions(
         base="", mode="full", out=out, host="127.0.0.1", port=0, insecure=False, rounds=3,
         min_silos=1, fraction=1.0, train_deadline=None, upload_deadline=None, absence_timeout=None,
-        evaluate_every=None, patience=None, resume=resume, keep=2, steps=1, batch=1, lr=1e-3, seed=0,
+        evaluate_every=None, patience=None, resume=False, keep=2, steps=1, batch=1, lr=1e-3, seed=0,
     )  # fmt: skip
 
 
@@ -124,9 +126,9 @@ async def add_one(address: tuple[str, int], learner: Learner, rounds: int) -> No
 class Stage:
     """Hears what `serve` reports, and lets one silo take part."""
 
-    def __init__(self, learner: Learner, out: Path, *, rounds: int, resume: bool = False) -> None:
+    def __init__(self, learner: Learner, out: Path, *, rounds: int, **settings: Any) -> None:
         self.heard: list[Event] = []
-        told = options(out, resume=resume)
+        told = replace(options(out), **settings)
         self.serving = asyncio.ensure_future(_serve(told, learner, self.hear))
         self.silo: asyncio.Future[None] | None = None
         self._learner = learner
@@ -175,9 +177,17 @@ async def test_a_run_that_ends_early_leaves_the_model_that_it_has(
         np.testing.assert_allclose(array, before[name] + rounds, rtol=1e-5)
 
 
-async def test_each_round_is_saved_as_it_ends(learner: Learner, tmp_path: Path):
+@pytest.mark.parametrize("aggregate", ["staged", "aligned"])
+async def test_each_round_is_saved_as_it_ends(
+    learner: Learner,
+    tmp_path: Path,
+    aggregate: Literal["staged", "aligned"],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    unused = {"staged": "Aligned", "aligned": "Staged"}[aggregate]
+    monkeypatch.setattr(f"fedllm.demo.serving.{unused}", None)
     before = {name: array.copy() for name, array in learner.arrays().items()}
-    stage = Stage(learner, tmp_path, rounds=3)
+    stage = Stage(learner, tmp_path, rounds=3, aggregate=aggregate)
     await stage.is_round_done.wait()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.rounds() == [0, 1]

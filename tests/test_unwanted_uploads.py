@@ -13,11 +13,11 @@ import aiordma
 from aiordma import Channel, ChannelConfig
 from fedllm import (
     FedAvg,
+    Federation,
     QuorumNotReached,
     Report,
     RoundResult,
     RunConfig,
-    Server,
     Silo,
     Status,
     join,
@@ -254,7 +254,7 @@ async def test_an_answer_to_an_earlier_task_is_not_the_one_that_was_late():
         train_deadline_s=DEADLINE_S,
         upload_deadline_s=DEADLINE_S,
     )
-    async with Server(
+    async with Federation(
         WEIGHTS, settings, fingerprint=fingerprint, on_round=on_round, on_silo=on_silo
     ) as server:
         address = await server.start()

@@ -28,7 +28,14 @@ class TcpLane:
 
     kind = "tcp"
 
-    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        heartbeat_s: float | None = None,
+    ) -> None:
+        """With `heartbeat_s`, a CREDIT of no slots goes out so often, for who is between and ends idle connections."""
         self._sock = sock
         self._loop = loop
         self._handler: LaneHandler | None = None
@@ -37,6 +44,8 @@ class TcpLane:
         self._wants_write = False
         self._reader = _Reader()
         self._is_closed = False
+        self._heartbeat_s = heartbeat_s
+        self._heart: asyncio.TimerHandle | None = None
 
     @property
     def room(self) -> int:
@@ -45,6 +54,7 @@ class TcpLane:
     def start(self, handler: LaneHandler) -> None:
         self._handler = handler
         self._loop.add_reader(self._sock, self._on_readable)
+        self._schedule_beat()
 
     def post(self, header: ChunkHeader, parts: Sequence[memoryview]) -> None:
         self._writer.chunk = header, parts
@@ -68,8 +78,18 @@ class TcpLane:
         await asyncio.sleep(0)
         self._sock.close()
 
+    def _schedule_beat(self) -> None:
+        if self._heartbeat_s is not None:
+            self._heart = self._loop.call_later(self._heartbeat_s, self._beat)
+
+    def _beat(self) -> None:
+        self._schedule_beat()
+        self.credit(0)
+
     def _stop(self) -> None:
         self._is_closed = True
+        if self._heart is not None:
+            self._heart.cancel()
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         # A forked process (a DataLoader's worker) may hold a copy of the descriptor: closing alone would

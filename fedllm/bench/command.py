@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import itertools
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -20,7 +19,7 @@ from fedllm.bench.link import Shape
 from fedllm.bench.run import Plan, default_congestion, measure
 from fedllm.errors import SettingError
 
-__all__ = ["add_command"]
+__all__ = ["add_command", "run"]
 
 _WAYS: Final = ("staged", "aligned")
 _RATES: Final = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
@@ -46,8 +45,8 @@ examples:
       python -m fedllm bench-round --rate 10gbit --delay 10ms --lanes 1,8"""
 
 
-def add_command(commands: Any, out: TextIO, progress: TextIO) -> None:
-    """Make it one of `commands`; its table goes to `out`, and which turn it is to `progress`."""
+def add_command(commands: Any) -> None:
+    """Make it one of `commands`."""
     parser = commands.add_parser(
         "bench-round",
         help="measure rounds at full size, beside other programs'",
@@ -55,7 +54,7 @@ def add_command(commands: Any, out: TextIO, progress: TextIO) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=partial(_run, out=out, progress=progress), leash=False)
+    parser.set_defaults(leash=False)
     add = parser.add_argument
     add(
         "--layout",
@@ -105,8 +104,11 @@ def add_command(commands: Any, out: TextIO, progress: TextIO) -> None:
     add("--json", dest="figures", type=Path, metavar="FILE", help="also write all figures there")
 
 
-def _run(options: argparse.Namespace, out: TextIO, progress: TextIO) -> int:
-    """Returns the exit status: 1 if a contender was left out that was asked for."""
+def run(options: argparse.Namespace, out: TextIO, progress: TextIO) -> int:
+    """Measure: the table goes to `out`, and which turn it is to `progress`.
+
+    Returns the exit status: 1 if a contender was left out that was asked for. Raises `BenchError`.
+    """
     findings = asyncio.run(measure(_plan(options), lambda line: progress.write(f"{line}\n")))
     out.write(report.text(findings))
     if options.figures is not None:

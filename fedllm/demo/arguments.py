@@ -3,9 +3,15 @@
 import argparse
 import math
 import re
+from typing import Any
+
+import msgspec
+
+from fedllm.policy import Between, OneOf
 
 MAX_STEPS = 1_000_000
 MAX_BATCH = 4096
+LONGEST_WINDOW_TOKENS = 128
 MAX_PORT = 65_535
 
 
@@ -87,6 +93,20 @@ def name(text: str) -> str:
     return text
 
 
+def rule(text: str) -> tuple[str, Between | OneOf]:
+    """`NAME=LOW..HIGH`, or `NAME=VALUE,VALUE`: a name, and what it may be."""
+    left, _, values = text.partition("=")
+    low, dots, high = values.partition("..")
+    try:
+        if dots:
+            return left, Between(_scalar(low), _scalar(high))
+        return left, OneOf(tuple(_scalar(value) for value in values.split(",")))
+    except (ValueError, TypeError) as exc:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=LOW..HIGH or NAME=VALUE,...: {exc}"
+        ) from exc
+
+
 def pair(text: str) -> tuple[str, str]:
     """`NAME=VALUE`; NAME alone is its own value."""
     left, equals, value = text.partition("=")
@@ -99,6 +119,11 @@ def address(text: str) -> tuple[str, int]:
     if not colon or not number.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
     return host.strip("[]"), port(number)
+
+
+def _scalar(text: str) -> Any:
+    """A number, true or false."""
+    return msgspec.json.decode(text.encode(), type=bool | int | float)
 
 
 def _at_most(limit: int, number: int) -> int:

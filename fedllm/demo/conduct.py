@@ -18,6 +18,7 @@ from fedllm.demo.screen import Screen
 from fedllm.demo.verdict import BASE, FEDERATED, PERSONAL, Verdict
 
 HOST = "127.0.0.1"
+JOURNALS = "journals"
 EXIT_NOT_BETTER = 3
 RATES_MADE = {"lora": 1e-2, "full": 1e-3}
 """Measured for the small base that the demo makes."""
@@ -92,7 +93,7 @@ async def _conduct(
     options: DemoOptions, command: tuple[str, ...], environment: Mapping[str, str], screen: Screen
 ) -> int:
     started = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / JOURNALS).mkdir(parents=True, exist_ok=True)
     federation = _Federation(options, screen)
     async with Crew(
         command, environment=environment, logs=options.out / "logs", on_event=federation.hear
@@ -118,6 +119,7 @@ async def _conduct(
         lines.write(msgspec.json.encode({"perplexity": verdict.perplexities}).decode() + "\n")
     screen.show_verdict(verdict)
     screen.say(f"The federated model: {options.out / FEDERATED}   its base: {options.base}")
+    screen.say(f"What left each silo, and when: {options.out / JOURNALS}")
     screen.say(
         f"Figures: {options.out / 'metrics.jsonl'}   {time.monotonic() - started:.0f} s in all"
     )
@@ -190,6 +192,7 @@ def _join_arguments(options: DemoOptions, silo: str, port: int, personal: bool) 
     arguments = [
         *("join", "--server", f"{HOST}:{port}", "--name", silo, "--mode", options.mode),
         *("--base", options.base, "--text", options.text(silo)),
+        *("--journal", str(options.out / JOURNALS / f"{silo}.jsonl")),
     ]
     if personal:
         arguments += ["--keep-local", *options.local_layers, "--out", str(options.personal(silo))]

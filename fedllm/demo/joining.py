@@ -11,16 +11,17 @@ from pathlib import Path
 import msgspec
 import torch
 
-from fedllm import Backoff, EvaluationTask, RoundTask, join, run_in_thread
+from fedllm import Backoff, EvaluationTask, Policy, RoundTask, join, run_in_thread
 from fedllm.adapters import Arrays
 from fedllm.checkpoint import load_checkpoint, save_checkpoint
+from fedllm.demo.arguments import LONGEST_WINDOW_TOKENS
+from fedllm.demo.consent import preview
 from fedllm.demo.events import Report, Said, Step, Wrote
 from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
 from fedllm.demo.text import read_split
 from fedllm.demo.training import (
-    LONGEST_WINDOW_TOKENS,
     Assignment,
     Judgement,
     Tokens,
@@ -33,6 +34,7 @@ from fedllm.demo.training import (
 from fedllm.demo.verdict import perplexity
 from fedllm.errors import FedError
 
+ANYTHING = Policy()
 MAX_JUDGED_TOKENS = 24_576
 """Of held-out text that an evaluation takes, like the demo's last step."""
 
@@ -53,13 +55,18 @@ class JoinOptions:
     retry: float
     keep_local: Sequence[str] = ()
     refuse_above: float | None = None
+    policy: Policy = ANYTHING
+    journal: Path | None = None
+    proxy: str | None = None
+    dry_run: bool = False
 
 
 def take_part(options: JoinOptions, report: Report) -> None:
     """Join a server and train in every round as it asks, until the run is over.
 
     With `out`, the run's final adapter (or model), with this silo's own layers in it, is written
-    there. SIGINT and SIGTERM leave the run, after the training step in progress.
+    there. SIGINT and SIGTERM leave the run, after the training step in progress. A dry run says what would leave, and
+    ends.
     """
     silence()
     torch.set_num_threads(options.threads)
@@ -72,6 +79,16 @@ def take_part(options: JoinOptions, report: Report) -> None:
     learner = prepare_learner(base, options.mode, seed=0, keep_local=options.keep_local)
     if options.refuse_above is not None and len(held_out) < base.block_tokens:
         raise TooLittleText("--refuse-above needs held-out text to judge by: give this silo more")
+    if options.dry_run:
+        for line in preview(
+            learner.arrays(),
+            options.policy,
+            server=f"{options.host}:{options.port}",
+            name=options.name,
+            fingerprint=learner.fingerprint,
+        ):
+            report(Said(line))
+        return
     silo = _Silo(options, learner, tokens, held_out, report)
     has_final = run_interruptibly(silo.take_part())
     if options.out is not None and has_final:
@@ -105,6 +122,9 @@ class _Silo:
             fingerprint=learner.fingerprint,
             backoff=Backoff(patience_s=options.retry),
             keep=options.keep,
+            policy=options.policy,
+            journal=options.journal,
+            proxy=options.proxy,
             on_event=lambda what: self._report(Said(what)),
         ) as silo:
             can_judge = len(self._held_out) >= LONGEST_WINDOW_TOKENS
@@ -115,7 +135,12 @@ class _Silo:
             return silo.final is not None
 
     async def _do(self, task: RoundTask) -> None:
-        assignment = _assignment(task.arguments)
+        try:
+            assignment = _assignment(task.arguments)
+        except FedError as exc:
+            self._report(Said(f"round {task.round}: refused: {exc}"))
+            await task.decline(str(exc))
+            return
         await self._adopt(task.weights, f"round {task.round}")
         loss = await run_in_thread(partial(self._train, task.round, assignment))
         await asyncio.to_thread(self._save, task.round)

@@ -20,10 +20,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fedllm.demo.arguments import LONGEST_WINDOW_TOKENS
 from fedllm.demo.preflight import BaseModelError
 from fedllm.demo.publish import publish
 from fedllm.demo.text import Document
-from fedllm.demo.training import LONGEST_WINDOW_TOKENS, Recipe, encode, train
+from fedllm.demo.training import Recipe, encode, train
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -3,11 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from aiordma import ChannelError
-from fedllm import Checkpoints, EarlyStop, Evaluation, RoundResult, RunConfig, Server
+from fedllm import (
+    Aligned,
+    Checkpoints,
+    EarlyStop,
+    Evaluation,
+    FedAvg,
+    Federation,
+    RoundResult,
+    RunConfig,
+    Staged,
+)
 from fedllm.demo.events import Listening, Report, RoundDone, Said, SiloRow, Wrote
 from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
@@ -40,6 +51,7 @@ class ServeOptions:
     lr: float
     seed: int
     keep_local: Sequence[str] = ()
+    aggregate: Literal["staged", "aligned"] = "staged"
 
 
 def serve(options: ServeOptions, report: Report) -> None:
@@ -81,11 +93,12 @@ async def _serve(options: ServeOptions, learner: Learner, report: Report) -> Non
         block_tokens=learner.base.block_tokens,
         learning_rate=options.lr,
     )
-    async with Server(
+    async with Federation(
         learner.arrays(),
         settings(options),
         fingerprint=learner.fingerprint,
         arguments=msgspec.to_builtins(Assignment(recipe=recipe, seed=options.seed)),
+        strategy=FedAvg(aggregate=Aligned if options.aggregate == "aligned" else Staged),
         checkpoints=Checkpoints(options.out / "checkpoints", keep=options.keep),
         on_round=on_round,
         on_evaluation=on_evaluation,
@@ -119,7 +132,7 @@ def settings(options: ServeOptions) -> RunConfig:
     )
 
 
-def _save(options: ServeOptions, learner: Learner, server: Server, report: Report) -> None:
+def _save(options: ServeOptions, learner: Learner, server: Federation, report: Report) -> None:
     rounds = server.round
     if not rounds:
         return

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedllm.demo.arguments import MAX_BATCH, MAX_STEPS
+from fedllm.demo.arguments import LONGEST_WINDOW_TOKENS, MAX_BATCH, MAX_STEPS
 from fedllm.demo.text import Document
 from fedllm.errors import FedError
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 MAX_GRADIENT_NORM = 1.0
 JUDGE_BATCH = 16
-LONGEST_WINDOW_TOKENS = 128
 
 
 class TooLittleText(FedError, ValueError):

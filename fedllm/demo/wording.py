@@ -59,6 +59,11 @@ examples:
   take new weights only if they are at most 5 % worse on this silo's held-out text than its own:
       python -m fedllm join --server 10.0.0.5:4791 --name bank --base ./base --text ./reports \\
           --refuse-above 1.05
+  see what would leave this machine, and what the server may ask:
+      python -m fedllm join --server 10.0.0.5:4791 --name bank --base ./base --text ./reports --dry-run
+  narrower, recorded, and through the site's proxy:
+      python -m fedllm join --server 10.0.0.5:4791 --name bank --base ./base --text ./reports \\
+          --allow recipe.steps=1..200 recipe.batch=8 --journal ./journal.jsonl --proxy http://proxy:3128
   no text at hand? This Python's own docstrings:
       python -m fedllm join --server localhost:4791 --name me --base ./base --text docstrings"""
 

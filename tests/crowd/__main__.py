@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from aiordma import ChannelConfig
-from fedllm import RoundResult, RunConfig, Server, join
+from fedllm import Federation, RoundResult, RunConfig, join
 
 FINGERPRINT = {"weights": "1"}
 CONFIG = ChannelConfig(slot_bytes=1 << 16, slots=4)
@@ -93,7 +93,9 @@ async def lead(silos: int, rounds: int, tensors: int) -> None:
 
     settings = RunConfig(min_silos=silos, rounds=rounds)
     weights = adapter(tensors)
-    server = Server(weights, settings, fingerprint=FINGERPRINT, on_round=on_round, config=CONFIG)
+    server = Federation(
+        weights, settings, fingerprint=FINGERPRINT, on_round=on_round, config=CONFIG
+    )
     async with server, AsyncExitStack() as stack:
         _, port = await server.start()
         crew = []

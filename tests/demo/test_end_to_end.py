@@ -50,6 +50,22 @@ def assert_only_a_travelled(folder: Path) -> None:
             np.testing.assert_array_equal(code[name], array)
 
 
+def assert_all_that_left_is_told(out: Path, silos: set[str]) -> None:
+    """Two runs of two rounds, and what the server took."""
+    assert {path.stem for path in (out / "journals").iterdir()} == silos
+    rounds = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][:2]
+    for silo in silos:
+        journal = [
+            json.loads(line)
+            for line in (out / "journals" / f"{silo}.jsonl").read_text().splitlines()
+        ]
+        sent = [line["bytes"] for line in journal if line["event"] == "upload"]
+        assert sent[:2] == [line["silos"][silo]["bytes"] for line in rounds]
+        assert len(sent) == 4
+        assert sent[2] == sent[3] < sent[0]
+        assert [line["weight"] for line in journal if line.get("message") == "Ready"] == [None] * 4
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.filterwarnings(
@@ -82,6 +98,7 @@ def test_a_small_demo_from_end_to_end(tmp_path: Path, own: dict[str, str]):
     assert "round 2 of 2" in said
     assert "Personalised against shared, each silo on its own text: topics " in said
     assert_only_a_travelled(out / "personal")
+    assert_all_that_left_is_told(out, {"topics", "code"})
     assert str(out / "federated") in said
     assert "\x1b" not in said  # plain lines in a pipe
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedllm import EvaluationTask, RunConfig, Server
+from fedllm import EvaluationTask, Federation, RunConfig
 from fedllm.adapters import Arrays
 from fedllm.demo.events import Event, Said
 from fedllm.demo.joining import JoinOptions, _Silo
@@ -85,7 +85,7 @@ async def test_layers_of_its_own_never_reach_the_server_and_outlive_the_silos_pr
 ):
     shared = prepare_learner(make_tiny(), "full", seed=0, keep_local=KEEP)
     assert OWN not in shared.arrays()
-    async with Server(
+    async with Federation(
         shared.arrays(),
         RunConfig(min_silos=1, rounds=1),
         fingerprint=shared.fingerprint,

@@ -24,8 +24,8 @@ from aiordma import ChannelConfig
 from fedllm import (
     Backoff,
     Checkpoints,
+    Federation,
     RunConfig,
-    Server,
     join,
 )
 
@@ -71,7 +71,7 @@ def log(what: str) -> None:
 async def serve(port: int, folder: Path, quorum: int) -> str:
     settings = RunConfig(min_silos=quorum, expect=len(SILOS), rounds=ROUNDS, farewell_s=4.0)
     checkpoints = Checkpoints(folder / "server", keep=ROUNDS + 1)
-    async with Server(
+    async with Federation(
         first(),
         settings,
         fingerprint=FINGERPRINT,

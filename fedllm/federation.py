@@ -26,7 +26,7 @@ from fedllm.participation import Outcome, Status
 from fedllm.rounds import RoundResult, run_round
 from fedllm.strategy import FedAvg, Strategy
 
-__all__ = ["Server"]
+__all__ = ["Federation"]
 
 T = TypeVar("T")
 Hook = Callable[[T], Awaitable[object] | object]
@@ -35,12 +35,12 @@ MAX_FAULTS: Final = 2
 """A silo that fails so often in tries of one round, through no fault of its connection, is out for that round."""
 
 
-class Server:
+class Federation:
     """Admits silos and runs rounds with them, for those who do not own the loop and the channels.
 
-    ``history = await Server(weights, RunConfig(...), ...).run(host, port)``, or, to know the address first::
+    ``history = await Federation(weights, RunConfig(...), ...).run(host, port)``, or, to know the address first::
 
-        async with Server(weights, RunConfig(...), ...) as server:
+        async with Federation(weights, RunConfig(...), ...) as server:
             await server.start()
             ... server.address ...
             history = await server.run()
