@@ -1,15 +1,15 @@
 """Arrays <-> specs and bytes, without a copy.
 
-numpy arrays, torch tensors, objects with the buffer protocol or `__dlpack__` become `TensorSpec`s
-and borrowed byte views, and back. bfloat16 and the float8 dtypes go by byte view, since plain numpy
-has no such dtypes. torch is looked up among the loaded modules: who passes a tensor has loaded it.
+numpy arrays, torch tensors, objects with the buffer protocol or `__dlpack__` become `TensorSpec`s and borrowed byte
+views, and back. bfloat16 and the float8 dtypes go by byte view, since plain numpy has none. torch is looked up among
+the loaded modules: who passes a tensor has loaded it.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -25,6 +25,7 @@ from aiordma.wire.manifest import MAX_META_BYTES, Manifest, TensorSpec
 Array: TypeAlias = Any
 """A numpy.ndarray or a torch.Tensor, as the caller asked for."""
 Framework: TypeAlias = Literal["numpy", "torch"]
+Take: TypeAlias = Callable[[int], np.ndarray[Any, Any]]
 
 # numpy (with ml_dtypes) and torch call their dtypes by the same names: F8_E5M2 is float8_e5m2.
 _KINDS = {"U": "uint", "I": "int", "F": "float", "C": "complex"}
@@ -73,9 +74,8 @@ class Outgoing:
     def views(self, offset: int, length: int) -> list[memoryview]:
         """The host memory of the chunk [offset, offset + length): no copies, in layout order.
 
-        The views are borrowed from the arrays, and must not be written. Raises `TensorError` if the
-        chunk touches a tensor on a device; `ManifestError` for what is no chunk of this data.
-        """
+        The views are borrowed from the arrays, and must not be written. Raises `TensorError` if the chunk touches a
+        tensor on a device; `ManifestError` for what is no chunk of this data."""
         views: list[memoryview] = []
         for spec, _, start, nbytes in self.manifest.parts(offset, length):
             memory, first = self._memory[spec.offset], start - spec.offset
@@ -85,9 +85,8 @@ class Outgoing:
         return views
 
     def stage(self, offset: int, length: int, into: memoryview) -> None:
-        """Copy the chunk [offset, offset + length) into the first `length` bytes of `into`,
-        writable host memory of bytes. The copy from a device is complete on return.
-        """
+        """Copy the chunk [offset, offset + length) into the first `length` bytes of `into`, writable host memory of
+        bytes. The copy from a device is complete on return."""
         for spec, _, start, nbytes in self.manifest.parts(offset, length):
             memory, first = self._memory[spec.offset], start - spec.offset
             target = into[start - offset : start - offset + nbytes]
@@ -101,10 +100,10 @@ class Outgoing:
 def prepare(tensors: Mapping[str, object], *, meta: object = None) -> Outgoing:
     """Describe tensors for sending. Nothing is copied.
 
-    `tensors` maps names (at most 1024 bytes of UTF-8) to numpy arrays, torch tensors, objects with
-    `__dlpack__`, or objects with the buffer protocol (of a dtype that their format tells, or else
-    U8). All must be C-contiguous and of a dtype in `ITEM_BYTES`. Those that are the same memory,
-    dtype and shape travel once. `meta` is any object that msgpack can encode in 64 KiB.
+    `tensors` maps names (at most 1024 bytes of UTF-8) to numpy arrays, torch tensors, objects with `__dlpack__`, or
+    objects with the buffer protocol (of a dtype that their format tells, or else U8). All must be C-contiguous and of
+    a dtype in `ITEM_BYTES`. Those that are the same memory, dtype and shape travel once. `meta` is any object that
+    msgpack can encode in 64 KiB.
 
     Raises `TensorError`, which names the tensor and the remedy.
     """
@@ -127,13 +126,14 @@ def prepare(tensors: Mapping[str, object], *, meta: object = None) -> Outgoing:
     )
 
 
-def allocate(manifest: Manifest, framework: Framework) -> tuple[memoryview, dict[str, Array]]:
+def allocate(
+    manifest: Manifest, framework: Framework, take: Take | None = None
+) -> tuple[memoryview, dict[str, Array]]:
     """One uninitialised, 64-byte aligned buffer for a checked manifest's data, and arrays in it.
 
-    Returns the buffer as a writable view of `total_bytes` bytes, and the arrays by name in the
-    manifest's order; they are views into the buffer, and tied tensors share their memory. Raises
-    `TensorError`, before anything is allocated, for a dtype that the framework does not have.
-    """
+    Returns the buffer as a writable view of `total_bytes` bytes, and the arrays by name in the manifest's order; they
+    are views of what `take` gives, and tied tensors share their memory. Raises `TensorError`, before anything is
+    allocated, for a dtype that the framework does not have."""
     if framework not in ("numpy", "torch"):
         raise TensorError(f"unknown framework {framework!r}: use 'numpy' or 'torch'")
     try:
@@ -143,7 +143,8 @@ def allocate(manifest: Manifest, framework: Framework) -> tuple[memoryview, dict
     dtypes = [_dtype_in(torch, spec) for spec in manifest.tensors]
     size = manifest.total_bytes
     try:
-        raw = np.empty(size + wire.CHUNK_ALIGN_BYTES, np.uint8)
+        raw_bytes = size + wire.CHUNK_ALIGN_BYTES
+        raw = np.empty(raw_bytes, np.uint8) if take is None else take(raw_bytes)
     except MemoryError as exc:
         raise TensorError(f"no memory for these {size} bytes: take them by chunks()") from exc
     first = -raw.ctypes.data % wire.CHUNK_ALIGN_BYTES
@@ -245,8 +246,7 @@ def destination(manifest: Manifest, into: Mapping[str, object]) -> Destination:
 def typed_view(spec: TensorSpec, data: memoryview) -> np.ndarray[Any, Any]:
     """Whole elements of the tensor as a 1-D, read-only, borrowed numpy view of `data`.
 
-    The dtype is the spec's. Without ml_dtypes, BF16 comes as uint16 and the F8 dtypes come as
-    uint8: the raw bits.
+    The dtype is the spec's. Without ml_dtypes, BF16 comes as uint16 and the F8 dtypes as uint8: the raw bits.
     """
     dtype = _numpy_dtype(spec.dtype) or np.dtype(f"uint{8 * spec.item_bytes}")
     return np.frombuffer(data.toreadonly(), dtype)
@@ -333,8 +333,7 @@ def _describe_target(spec: TensorSpec, value: object) -> _Memory:
         got = f"{found.dtype} of shape {found.shape}"
         raise _error(spec.name, f"is {spec.dtype} of shape {spec.shape}, but `into` has {got}")
     if found.device != "cpu":
-        remedy = "receive into host memory, then copy it there"
-        raise _error(spec.name, f"is on {found.device} in `into`: {remedy}")
+        raise _error(spec.name, f"is on {found.device} in `into`: receive into host memory")
     if found.data.readonly:
         raise _error(spec.name, "is read-only in `into`: pass a writable array")
     return found
@@ -345,8 +344,9 @@ def _check_disjoint(taken: list[tuple[int, TensorSpec]]) -> None:
     for (address, spec), (next_address, other) in pairwise(sorted(taken, key=lambda t: t[0])):
         is_tied = address == next_address and spec.offset == other.offset
         if next_address < address + spec.nbytes and not is_tied:
-            why = f"overlaps {other.name!r} in the memory of `into`: give each its own array"
-            raise _error(spec.name, why)
+            raise _error(
+                spec.name, f"overlaps {other.name!r} in the memory of `into`: give each its own"
+            )
 
 
 def _dtype_in(torch: Any, spec: TensorSpec) -> Any:

@@ -29,6 +29,7 @@ from aiordma.tensors import (
     Destination,
     Framework,
     Outgoing,
+    Take,
     allocate,
     destination,
 )
@@ -314,14 +315,17 @@ class Transfer:
         """What the sender gave as `meta`, decoded anew on each access; None if it gave none."""
         return msgspec.msgpack.decode(self._meta) if self._meta else None
 
-    async def arrays(self, framework: Framework = "numpy") -> dict[str, Array]:
+    async def arrays(
+        self, framework: Framework = "numpy", *, take: Take | None = None
+    ) -> dict[str, Array]:
         """Receive into new arrays, by name in the sender's order; all share one allocation.
 
+        `take`, called with a number of bytes, gives its memory as a 1-D, writable numpy array of uint8.
         Raises `TensorError` (nothing is claimed then) for a dtype that the framework does not have, and a
         `TransferError` if the transfer fails. Cancelled before the first chunk came, it can be called again;
         later, the transfer is aborted. The channel stays usable.
         """
-        buffer, arrays = allocate(self.manifest, framework)
+        buffer, arrays = allocate(self.manifest, framework, take)
         self.reception.begin(Destination(self.manifest, buffer))
         await self.reception.complete()
         return arrays

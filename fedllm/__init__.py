@@ -35,6 +35,7 @@ from fedllm.evaluation import Evaluation, run_evaluation
 from fedllm.federation import Federation
 from fedllm.history import History, RoundRecord
 from fedllm.joining import join
+from fedllm.memory import Memory
 from fedllm.messages import Shard
 from fedllm.participation import Outcome, Participation, Ready, Status, Task, exchange
 from fedllm.policy import Between, OneOf, Policy
@@ -62,6 +63,7 @@ __all__ = [
     "History",
     "JoinRefused",
     "JournalError",
+    "Memory",
     "OneOf",
     "Outcome",
     "Participation",

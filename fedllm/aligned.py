@@ -33,6 +33,7 @@ from fedllm.aggregate import Arrays, check_layout, check_weight, check_weights
 from fedllm.config import check_seconds
 from fedllm.errors import FedError, UpdateError, WeightsError
 from fedllm.fold import Flat, Reduction, check_finite, shares_of, weighted_mean
+from fedllm.memory import Memory, taken
 
 __all__ = ["Aligned", "AlignedContribution"]
 
@@ -53,12 +54,13 @@ class Aligned:
         *,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
         reduce: Reduction = weighted_mean,
+        memory: Memory | None = None,
     ) -> None:
         """`like` are the global weights. Raises `WeightsError`, or `aiordma.TensorError` if they cannot be sent.
 
         `idle_timeout_s`: a silo that all others wait for, and that sends nothing for so long, is out. The silos'
         own `ChannelConfig.idle_timeout_s` must be larger, or they give up while they are held back. `reduce`: what is
-        made of the updates.
+        made of the updates. `memory`: where the sums' comes from, one for all rounds; without it, from the system.
         """
         check_weights(like)
         check_seconds("idle_timeout_s", idle_timeout_s)
@@ -66,6 +68,7 @@ class Aligned:
         self._like = like
         self._manifest = prepare(like).manifest
         self._reduce = reduce
+        self._memory = memory
         self._cohort: dict[str, AlignedContribution] = {}
         """In the order of the names."""
         self._shares: list[float] = []
@@ -183,12 +186,9 @@ class Aligned:
     def _allocate(self) -> None:
         if self._sums:
             return
-        by_offset: dict[int, Flat] = {}
+        whole = taken(self._memory, self._manifest.total_bytes)
         for spec in self._manifest.tensors:
-            fresh = np.empty(spec.size, self._like[spec.name].dtype)
-            self._sums[spec.name] = (
-                by_offset.setdefault(spec.offset, fresh) if spec.nbytes else fresh
-            )
+            self._sums[spec.name] = whole[spec.offset : spec.end].view(self._like[spec.name].dtype)
 
 
 class _Stage(enum.Enum):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from aiordma import Channel, ChannelError, MessageError, Outgoing, Transfer, TransferError
 from fedllm.errors import ServerLost
 from fedllm.journal import Journal
+from fedllm.memory import Memory
 from fedllm.messages import FROM_SERVER, Commit, Decline, Ready, ServerMessage, is_for
 from fedllm.participation import turn_away
 from fedllm.policy import Policy
@@ -96,10 +97,12 @@ class Conversation:
             return ""  # the verdict overtook the acknowledgement of the last chunk
         return f"an {type(message).__name__} of the server came first"
 
-    async def receive_weights(self, ticket: int) -> dict[str, NDArray[Any]] | None:
-        """The weights of a ticket; None if the server has something else to say first, or they fail."""
+    async def receive_weights(
+        self, ticket: int, memory: Memory | None = None
+    ) -> dict[str, NDArray[Any]] | None:
+        """The weights of a ticket, in this memory; None if the server has something else to say first, or they fail."""
         try:
-            return await self._unless_told(self._next_weights(ticket))
+            return await self._unless_told(self._next_weights(ticket, memory))
         except TransferError:
             return None
 
@@ -114,14 +117,14 @@ class Conversation:
         if self._journal is not None:
             await asyncio.to_thread(self._journal.write, event, **facts)
 
-    async def _next_weights(self, ticket: int) -> dict[str, NDArray[Any]]:
+    async def _next_weights(self, ticket: int, memory: Memory | None) -> dict[str, NDArray[Any]]:
         offered = self._offered
         while not (mine := [one for one in offered if is_for(one.meta, ticket)]):
             offered.append(await self._next_transfer())
         # Weights come in the order of their tasks, though perhaps before a task was read.
         while (transfer := offered.popleft()) is not mine[0]:
             await turn_away(transfer, "it is for another task")
-        return await transfer.arrays("numpy")
+        return await transfer.arrays(take=None if memory is None else memory.take)
 
     async def _next_transfer(self) -> Transfer:
         async with contextlib.aclosing(self._channel.incoming()) as transfers:

@@ -59,9 +59,8 @@ async def join(
     of ("weights", "tokenizer"), which must equal the server's. Connecting and admission may take `timeout_s` each.
 
     A server that is not there, or is lost, is tried again after the pauses of `backoff`, while it has patience; with
-    None, once is all. A proxy that does not take user and password is not tried again. `keep`: a folder for the last
-    update, which survives the death of either end: a round that comes again has it handed in again, without training.
-    `on_event` is told, in words, of failures and what comes next.
+    None, or if a proxy wants another password, once is all. `keep`: a folder for the last update, which survives the
+    death of either end: a round that comes again has it handed in again, untrained. `on_event` hears of failures.
 
     `shard`: each rank of a sharded silo joins for itself, under the silo's name, and says what it holds. It waits until
     all are there, gets its part of the weights, and submits its part of the update, with the weight of the whole silo;

@@ -35,7 +35,7 @@ class Journal:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         record = {"time": time, "silo": self._silo, "event": event, **facts}
         try:
-            self._append(_line(record))
+            self._append(msgspec.json.encode(record, enc_hook=repr) + b"\n")
         except OSError as exc:
             raise JournalError(
                 f"{self._path} cannot take the line on {event!r}, and so nothing more is sent: {exc.strerror or exc}; "
@@ -58,15 +58,8 @@ class Journal:
             flush_folder(self._path.parent)
 
 
-def _line(record: dict[str, Any]) -> bytes:
-    try:
-        return msgspec.json.encode(record, enc_hook=repr) + b"\n"
-    except TypeError:  # keys
-        return msgspec.json.encode({name: repr(fact) for name, fact in record.items()}) + b"\n"
-
-
 def digest_of(outgoing: Outgoing) -> str:
-    """SHA-256 of an upload's bytes, tensor after tensor as its manifest has them. Blocks."""
+    """SHA-256 of an upload's bytes, tensor after tensor in the order of their offsets. Blocks."""
     digest, total = hashlib.sha256(), outgoing.manifest.total_bytes
     scratch = memoryview(bytearray(min(_PIECE_BYTES, total)))
     for offset in range(0, total, _PIECE_BYTES):

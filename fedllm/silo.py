@@ -16,6 +16,7 @@ from fedllm.conversation import Conversation
 from fedllm.errors import FedError, RunFailed, ServerLost, SettingError
 from fedllm.journal import Journal, digest_of
 from fedllm.kept import Kept, identify
+from fedllm.memory import Memory
 from fedllm.messages import Begin, Commit, Decline, Goodbye, Ready, Shard, Task, Upload, Welcome
 from fedllm.policy import Policy
 
@@ -85,6 +86,8 @@ class Silo:
         """None if nobody has said."""
         self.final: dict[str, NDArray[Any]] | None = None
         """The last global weights, once the run is over and the server has sent them."""
+        self.memory: Memory | None = None
+        """Where that for the weights of each round comes from: to be set before them. None: the system."""
         self._policy = policy
         self._journal = journal
         self._talk = Conversation(channel, policy, journal)
@@ -141,7 +144,7 @@ class Silo:
             if not isinstance(message, Task):
                 continue  # about a task that was given up on this side
             self._unanswered = message.ticket
-            weights = await self._talk.receive_weights(message.ticket)
+            weights = await self._talk.receive_weights(message.ticket, self.memory)
             if weights is None:
                 await self.say(Decline(message.ticket, "the weights did not arrive"))
             elif not await self._may_begin(message.ticket):
@@ -233,7 +236,8 @@ class Silo:
         if self._journal is None:
             return {}
         digest = await asyncio.to_thread(digest_of, outgoing)
-        tensors = {s.name: [s.dtype, s.shape] for s in outgoing.manifest.tensors}
+        ordered = sorted(outgoing.manifest.tensors, key=lambda spec: spec.offset)
+        tensors = {spec.name: [spec.dtype, spec.shape] for spec in ordered}
         size = outgoing.manifest.total_bytes
         return {"run": self.run, "bytes": size, "sha256": digest, "tensors": tensors}
 

@@ -19,6 +19,7 @@ from aiordma import Transfer
 from fedllm.aggregate import Arrays, check_layout, check_weight, check_weights
 from fedllm.errors import FedError, SettingError, StagingError, UpdateError, WeightsError
 from fedllm.fold import Flat, Reduction, check_finite, shares_of, weighted_mean
+from fedllm.memory import Memory, taken
 
 __all__ = ["Stage", "Staged", "StagedContribution"]
 
@@ -64,10 +65,12 @@ class Staged:
         memory_bytes: int = MEMORY_BYTES,
         folder: str | Path = FOLDER,
         reduce: Reduction = weighted_mean,
+        memory: Memory | None = None,
     ) -> None:
         """`like` are the global weights; only their names, shapes and dtypes matter. Raises `WeightsError`.
 
-        `folder`: where the files go, on a disk with room. `reduce`: what is made of the updates.
+        `folder`: where the files go, on a disk with room. `reduce`: what is made of the updates. `memory`: where
+        that for updates comes from, one for all rounds; without it they are the system's again after each.
         """
         check_weights(like)
         if memory_bytes < 0:
@@ -77,6 +80,7 @@ class Staged:
         self._memory_bytes = memory_bytes
         self._folder = Path(folder)
         self._reduce = reduce
+        self._memory = memory
         self._begun: dict[str, StagedContribution] = {}
         self._result: dict[str, NDArray[Any]] | None = None
 
@@ -110,7 +114,7 @@ class Staged:
             raise WeightsError("no update was added, so there is no mean")
         shares = shares_of([c.weight for c in added])
         # Global weights that lie in a file would be read from disk by each of the next round's silos.
-        fresh = np.empty(self._nbytes, np.uint8) if added[0].is_filed else None
+        fresh = taken(self._memory, self._nbytes) if added[0].is_filed else None
         updates = [c.take() for c in added]
         result = updates[0] if fresh is None else _carve(self._like, fresh)
         for name in self._like:
@@ -130,7 +134,7 @@ class Staged:
         if (len(held) + 1) * self._nbytes > self._memory_bytes and self._nbytes:
             return None
         try:
-            return np.empty(self._nbytes, np.uint8)
+            return taken(self._memory, self._nbytes)
         except MemoryError:
             return None
 

@@ -28,7 +28,9 @@ RDMA = (
     " aiordma.lanes.completion aiordma.lanes.needs aiordma.lanes.outbox aiordma.lanes.rdma"
     " aiordma.lanes.registry aiordma.lanes.statuses"
 )
-BELOW_ROUNDS = "fedllm.errors fedllm.config fedllm.messages fedllm.aggregate fedllm.strategy"
+BELOW_ROUNDS = (
+    "fedllm.errors fedllm.config fedllm.messages fedllm.memory fedllm.aggregate fedllm.strategy"
+)
 BELOW_STRATEGY = "fedllm.errors fedllm.config fedllm.aggregate fedllm.fold"
 
 ROOMS: Mapping[str, str] = {
@@ -95,14 +97,16 @@ ROOMS: Mapping[str, str] = {
     "aiordma.__main__": "aiordma aiordma.bench aiordma.bench.* aiordma.doctor aiordma.doctor.*",
     "fedllm": "fedllm.errors fedllm.config fedllm.aggregate fedllm.aligned fedllm.staged fedllm.strategy"
     " fedllm.backoff fedllm.checkpoint fedllm.participation fedllm.rounds fedllm.evaluation fedllm.history"
-    " fedllm.messages fedllm.policy fedllm.shards fedllm.federation fedllm.silo fedllm.joining fedllm.threads",
+    " fedllm.memory fedllm.messages fedllm.policy fedllm.shards fedllm.federation fedllm.silo fedllm.joining"
+    " fedllm.threads",
     "fedllm.errors": "aiordma.errors",
     "fedllm.config": "aiordma.errors fedllm.errors",
     "fedllm.messages": "aiordma.errors fedllm.errors",
     "fedllm.aggregate": "aiordma fedllm.errors",
     "fedllm.fold": "fedllm.errors",
-    "fedllm.staged": f"aiordma {BELOW_STRATEGY}",
-    "fedllm.aligned": f"aiordma {BELOW_STRATEGY}",
+    "fedllm.memory": "fedllm.fold",
+    "fedllm.staged": f"aiordma {BELOW_STRATEGY} fedllm.memory",
+    "fedllm.aligned": f"aiordma {BELOW_STRATEGY} fedllm.memory",
     "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
     "fedllm.threads": "",
     "fedllm.dtensors": "fedllm.errors fedllm.messages",

@@ -77,6 +77,7 @@ FEDLLM = {
     "History",
     "JoinRefused",
     "JournalError",
+    "Memory",
     "OneOf",
     "Outcome",
     "Participation",

@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 import traceback
+from typing import cast
 
 import pytest
 
@@ -23,6 +24,7 @@ from aiordma import (
     ProxyRefused,
 )
 from aiordma.proxy import MAX_HEAD_BYTES, Proxy
+from aiordma.pulse import Pulse, PulseOwner
 from tests.foreign import Wire, bare_server, nothing_left
 from tests.harness import until, usable
 from tests.proxies import TunnelProxy, a_proxy
@@ -253,6 +255,32 @@ async def test_through_a_proxy_there_is_a_heartbeat_unless_there_is_one_already(
                 assert near._link.config.heartbeat_s == expected
             with contextlib.suppress(aiordma.ChannelError):
                 await (await listener.accept()).aclose()
+
+
+class Beats:
+    """The owner of a pulse, which counts."""
+
+    def __init__(self, wanted: int) -> None:
+        self.count = 0
+        self.are_enough = asyncio.Event()
+        self._wanted = wanted
+
+    def send_ping(self, token: int) -> None:
+        self.count += 1
+        if self.count == self._wanted:
+            self.are_enough.set()
+
+
+async def test_a_channel_that_is_over_beats_no_more():
+    stopped, going = Beats(1), Beats(4)
+    pulse = Pulse(cast("PulseOwner", stopped), 60, 0.005)
+    await stopped.are_enough.wait()
+    pulse.stop(aiordma.ChannelClosed("over"))
+    count = stopped.count
+    other = Pulse(cast("PulseOwner", going), 60, 0.005)
+    await going.are_enough.wait()
+    other.stop(aiordma.ChannelClosed("over"))
+    assert stopped.count == count
 
 
 async def test_every_connection_is_kept_alive_before_a_firewall_forgets_it():

@@ -12,11 +12,12 @@ from typing import Any, Final, TextIO
 import msgspec
 
 from fedllm.bench import report
-from fedllm.bench.contender import Contender
+from fedllm.bench.contender import SLOT_BYTES, Contender
 from fedllm.bench.errors import BenchError
-from fedllm.bench.layouts import NAMED
+from fedllm.bench.layouts import NAMED, size_of
 from fedllm.bench.link import Shape
 from fedllm.bench.run import Plan, default_congestion, measure
+from fedllm.errors import SettingError
 
 __all__ = ["add_command", "run"]
 
@@ -71,6 +72,13 @@ def add_command(commands: Any) -> None:
     )
     add("--lanes", type=_numbers, default=(1,), metavar="LIST", help="fedllm's lanes (default: 1)")
     add(
+        "--slots",
+        type=_sizes,
+        default=(SLOT_BYTES,),
+        metavar="LIST",
+        help="sizes of its receive slots, such as 256K,1M (default: 1M)",
+    )
+    add(
         "--against",
         type=Path,
         action="append",
@@ -113,8 +121,10 @@ def _plan(options: argparse.Namespace) -> Plan:
     if options.delay is not None and options.rate is None:
         raise BenchError("--delay goes with --rate: a link has both")
     ours = [
-        Contender(aggregate=way, lanes=lanes)
-        for lanes, way in itertools.product(options.lanes, options.aggregate)
+        Contender(aggregate=way, lanes=lanes, slot_bytes=slot_bytes)
+        for lanes, slot_bytes, way in itertools.product(
+            options.lanes, options.slots, options.aggregate
+        )
     ]
     yardsticks = [_SOURCES / "tests/benchmarks" / name for name in _YARDSTICKS]
     others = options.against or yardsticks[: 1 if options.rate is None else None]
@@ -140,6 +150,13 @@ def _ways(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_whole(part) for part in text.split(","))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(size_of(part) for part in text.split(","))
+    except SettingError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
 def _whole(text: str) -> int:

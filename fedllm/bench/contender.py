@@ -10,16 +10,18 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
 from fedllm.bench.content import Arrays
 from fedllm.bench.errors import BenchError
 
-__all__ = ["Contender", "ServerSide", "Setup", "SiloSide", "Train", "load"]
+__all__ = ["SLOT_BYTES", "Contender", "ServerSide", "Setup", "SiloSide", "Train", "load"]
 
 Train: TypeAlias = Callable[[Arrays], None]
+
+SLOT_BYTES: Final = 1 << 20
 
 
 class Contender(msgspec.Struct, frozen=True):
@@ -31,13 +33,16 @@ class Contender(msgspec.Struct, frozen=True):
     """How fedllm gathers updates."""
     lanes: int = 1
     """Lanes of fedllm's channels."""
+    slot_bytes: int = SLOT_BYTES
+    """Size of their receive slots, and so of its chunks."""
 
     @property
     def name(self) -> str:
         """As the table has it."""
         if self.program:
             return Path(self.program).stem
-        return f"fedllm, {self.aggregate}" + f", {self.lanes} lanes" * (self.lanes > 1)
+        name = f"fedllm, {self.aggregate}" + f", {self.lanes} lanes" * (self.lanes > 1)
+        return name + f", {self.slot_bytes >> 10} KiB slots" * (self.slot_bytes != SLOT_BYTES)
 
 
 class Setup(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 from fedllm.errors import SettingError
 
-__all__ = ["ITEM_BYTES", "NAMED", "Layout", "layout_of", "nbytes_of"]
+__all__ = ["ITEM_BYTES", "NAMED", "Layout", "layout_of", "nbytes_of", "size_of"]
 
 Layout: TypeAlias = Mapping[str, tuple[int, ...]]
 
@@ -69,18 +69,24 @@ NAMED: Final[Mapping[str, Layout]] = {
 
 
 def layout_of(what: str) -> Layout:
-    """One of `NAMED`, or a size such as 5G (powers of 1024) in tensors of 64 MiB. Raises `SettingError`."""
+    """One of `NAMED`, or a size such as 5G in tensors of 64 MiB. Raises `SettingError`."""
     if what in NAMED:
         return NAMED[what]
-    match = re.fullmatch(r"([1-9][0-9]*)([KMG])", what)
-    if match is None:
-        raise SettingError(
-            f"{what!r} is neither one of {', '.join(NAMED)} nor a size such as 64M or 5G"
-        )
-    items = int(match[1]) * _UNITS[match[2]] // ITEM_BYTES
+    try:
+        items = size_of(what) // ITEM_BYTES
+    except SettingError as exc:
+        raise SettingError(f"{what!r} is not one of {', '.join(NAMED)}, and {exc}") from exc
     whole, rest = divmod(items, _TENSOR_ITEMS)
     sizes = [_TENSOR_ITEMS] * whole + [rest] * bool(rest)
     return {f"tensor.{number}": (size,) for number, size in enumerate(sizes)}
+
+
+def size_of(text: str) -> int:
+    """Bytes, as in 256K, 64M or 5G: powers of 1024. Raises `SettingError`."""
+    match = re.fullmatch(r"([1-9][0-9]*)([KMG])", text)
+    if match is None:
+        raise SettingError(f"{text!r} is no size such as 256K, 64M or 5G")
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def nbytes_of(layout: Layout) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 
 import aiordma
 from aiordma import Channel, ChannelConfig
-from fedllm import Aligned, FedAvg, Silo as Member, Staged, Status, run_round
+from fedllm import Aligned, FedAvg, Memory, Silo as Member, Staged, Status, run_round
 from fedllm.bench.contender import Setup, Train
 from fedllm.bench.content import Arrays, weights_of
 from fedllm.bench.errors import BenchError
@@ -27,9 +27,11 @@ class Server:
         self._listener: aiordma.Listener | None = None
         self._channels: dict[str, Channel] = {}
         self._round = 0
-        aligned = partial(Aligned, idle_timeout_s=_IDLE_TIMEOUT_S)
+        memory = Memory()
+        staged = partial(Staged, memory=memory)
+        aligned = partial(Aligned, memory=memory, idle_timeout_s=_IDLE_TIMEOUT_S)
         self._strategy = FedAvg(
-            aggregate=Staged if setup.contender.aggregate == "staged" else aligned
+            aggregate=staged if setup.contender.aggregate == "staged" else aligned
         )
 
     def listen(self) -> int:
@@ -110,6 +112,7 @@ class Silo:
         self._channel = await aiordma.connect(setup.host, setup.port, config=_config(setup))
         await self._channel.send(name)
         self._member = Member(self._channel, name)
+        self._member.memory = Memory()
 
     async def _take_part(self, train: Train) -> None:
         assert self._member is not None
@@ -131,6 +134,7 @@ class Silo:
 def _config(setup: Setup) -> ChannelConfig:
     return ChannelConfig(
         lanes=setup.contender.lanes,
+        slot_bytes=setup.contender.slot_bytes,
         congestion=setup.congestion or None,
         idle_timeout_s=2 * _IDLE_TIMEOUT_S,
         verbs=False,

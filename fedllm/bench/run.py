@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Final, Self
 
 import msgspec
@@ -134,7 +135,8 @@ class Findings(msgspec.Struct, frozen=True):
 
 async def measure(plan: Plan, progress: Callable[[str], object]) -> Findings:
     """Let all contenders run. One that cannot is left out with the reason. Raises `WrongWeights`, and `BenchError`
-    if none can, or there is no link."""
+    if none can, there is no link, or too little memory."""
+    _check_memory(plan)
     turns: dict[Contender, list[Turn]] = {contender: [] for contender in plan.contenders}
     failed: dict[Contender, str] = {}
     async with AsyncExitStack() as stack:
@@ -159,6 +161,19 @@ async def measure(plan: Plan, progress: Callable[[str], object]) -> Findings:
         for contender in plan.contenders
     ]
     return Findings(plan, describe_host(), rows)
+
+
+def _check_memory(plan: Plan) -> None:
+    """Raise `BenchError` rather than have the kernel kill somebody; proc_meminfo(5)."""
+    # All updates, the old weights and the new ones at the server, and a model at each silo.
+    needed_bytes = (2 * plan.silos + 2) * plan.nbytes
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available_kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    if int(available_kib) << 10 < needed_bytes:
+        raise BenchError(
+            f"{plan.layout} with {plan.silos} silos may take {needed_bytes / (1 << 30):.1f} GiB of memory, and "
+            f"{int(available_kib) / (1 << 20):.1f} are available: take fewer --silos or a smaller --layout"
+        )
 
 
 def _in_turn(contenders: Sequence[Contender], number: int) -> Sequence[Contender]:

@@ -42,15 +42,23 @@ def contender(tmp_path, text):
 
 def test_the_command_measures_every_contender_and_writes_all_of_it(tmp_path, capsys):
     file = tmp_path / "figures.json"
-    options = ["--layout", TOY, "--silos=2", "--turns=2", "--rounds=2", "--lanes=1,2"]
+    options = [
+        "--layout",
+        TOY,
+        "--silos=2",
+        "--turns=2",
+        "--rounds=2",
+        "--lanes=1,2",
+        "--slots=64K",
+    ]
     assert main(["bench-round", *options, f"--json={file}"]) == 0
     findings = msgspec.json.decode(file.read_bytes(), type=Findings)
     assert [row.contender.name for row in findings.rows] == [
         "plain_sockets",
-        "fedllm, staged",
-        "fedllm, aligned",
-        "fedllm, staged, 2 lanes",
-        "fedllm, aligned, 2 lanes",
+        "fedllm, staged, 64 KiB slots",
+        "fedllm, aligned, 64 KiB slots",
+        "fedllm, staged, 2 lanes, 64 KiB slots",
+        "fedllm, aligned, 2 lanes, 64 KiB slots",
     ]
     for row in findings.rows:
         assert [len(turn.samples) for turn in row.turns] == [2, 2]
@@ -121,6 +129,8 @@ def test_what_is_no_contender_is_one_line(tmp_path, capsys):
     assert "none.py: fedllm's own yardsticks come with a copy of its sources" in told
     assert main(["bench-round", "--delay=10ms"]) == 1
     assert "--delay goes with --rate" in capsys.readouterr().err
+    assert main(["bench-round", "--layout=9000G"]) == 1
+    assert "GiB of memory" in capsys.readouterr().err
 
 
 # Content
