@@ -109,6 +109,7 @@ ROOMS: Mapping[str, str] = {
     "fedllm.aligned": f"aiordma {BELOW_STRATEGY} fedllm.memory",
     "fedllm.strategy": f"{BELOW_STRATEGY} fedllm.staged fedllm.aligned",
     "fedllm.threads": "",
+    "fedllm.interrupt": "",
     "fedllm.dtensors": "fedllm.errors fedllm.messages",
     "fedllm.adapters": "fedllm.errors fedllm.messages fedllm.dtensors",
     "fedllm.trainers": "fedllm.threads",
@@ -132,10 +133,10 @@ ROOMS: Mapping[str, str] = {
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
     " fedllm.policy fedllm.journal fedllm.silo",
     "fedllm.bench": "",
-    "fedllm.bench.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.bench.*",
+    "fedllm.bench.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.interrupt fedllm.bench.*",
     "fedllm.demo": "",
     "fedllm.demo.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.adapters fedllm.checkpoint fedllm.policy"
-    " fedllm.demo.*",
+    " fedllm.interrupt fedllm.demo.*",
     "fedllm.__main__": "aiordma aiordma.errors fedllm fedllm.* fedllm.demo.*",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from fedllm.bench.layouts import NAMED, size_of
 from fedllm.bench.link import Shape
 from fedllm.bench.run import Plan, default_congestion, measure
 from fedllm.errors import SettingError
+from fedllm.interrupt import run_interruptibly
 
 __all__ = ["add_command", "run"]
 
@@ -109,7 +109,8 @@ def run(options: argparse.Namespace, out: TextIO, progress: TextIO) -> int:
 
     Returns the exit status: 1 if a contender was left out that was asked for. Raises `BenchError`.
     """
-    findings = asyncio.run(measure(_plan(options), lambda line: progress.write(f"{line}\n")))
+    measuring = measure(_plan(options), lambda line: progress.write(f"{line}\n"))
+    findings = run_interruptibly(measuring)
     out.write(report.text(findings))
     if options.figures is not None:
         options.figures.write_bytes(msgspec.json.format(msgspec.json.encode(findings)) + b"\n")

@@ -13,9 +13,9 @@ import msgspec
 
 from fedllm.demo.crew import Crew
 from fedllm.demo.events import Event, Judged, Listening
-from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.screen import Screen
 from fedllm.demo.verdict import BASE, FEDERATED, PERSONAL, Verdict
+from fedllm.interrupt import run_interruptibly
 
 HOST = "127.0.0.1"
 JOURNALS = "journals"

@@ -17,7 +17,6 @@ from fedllm.checkpoint import load_checkpoint, save_checkpoint
 from fedllm.demo.arguments import LONGEST_WINDOW_TOKENS
 from fedllm.demo.consent import preview
 from fedllm.demo.events import Report, Said, Step, Wrote
-from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
 from fedllm.demo.text import read_split
@@ -33,6 +32,7 @@ from fedllm.demo.training import (
 )
 from fedllm.demo.verdict import perplexity
 from fedllm.errors import FedError
+from fedllm.interrupt import run_interruptibly
 
 ANYTHING = Policy()
 MAX_JUDGED_TOKENS = 24_576

@@ -20,10 +20,10 @@ from fedllm import (
     Staged,
 )
 from fedllm.demo.events import Listening, Report, RoundDone, Said, SiloRow, Wrote
-from fedllm.demo.interrupt import run_interruptibly
 from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
 from fedllm.demo.training import Assignment, Recipe
+from fedllm.interrupt import run_interruptibly
 
 
 @dataclass(frozen=True, kw_only=True)

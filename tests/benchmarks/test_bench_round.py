@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import os
+import signal
 import socket
+import sys
 from pathlib import Path
 
 import msgspec
@@ -19,6 +21,7 @@ from fedllm.bench.link import SERVER_HOST, Shape, open_link
 from fedllm.bench.run import MAX_ROUNDS, MAX_SILOS, Findings, Plan, Row, Turn, measure
 from fedllm.bench.session import Sample, open_session
 from fedllm.errors import SettingError
+from tests.demo.processes import running, session_of
 
 PLAIN = Path(__file__).with_name("plain_sockets.py")
 TOY = "300K"
@@ -252,3 +255,15 @@ def test_a_missed_aim_is_said(seconds, peak_bytes, missed):
     assert sum("MISSED" in verdict for verdict in verdicts) == missed
     toy = Findings(msgspec.structs.replace(plan, layout=TOY), {}, rows)
     assert not list(report.aims(toy))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_benchmark_that_is_ended_leaves_no_process(number):
+    command = [sys.executable, "-m", "fedllm", "bench-round", "--layout", TOY, "--turns=10000"]
+    with running(command) as bench:
+        assert bench.stderr is not None
+        assert bench.stderr.readline()  # the first turn begins
+        bench.send_signal(number)
+        bench.communicate(timeout=30)
+        assert bench.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        assert session_of(bench.pid) == []
