@@ -151,7 +151,7 @@ class Silo:
                 continue  # and decline
             elif objection := self._policy.objection(message.arguments):
                 self._tell(f"round {message.round}: refused: {objection}")
-                await self.say(Decline(message.ticket, objection))
+                await self.say(Decline(message.ticket, objection[:4096]))
             elif message.evaluates:
                 await self._judge(message, weights, evaluate)
             else:

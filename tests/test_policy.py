@@ -204,6 +204,18 @@ async def test_a_server_that_asks_too_much_is_told_so_and_the_round_goes_on():
     assert result.weights["w"].tobytes() == weights_of(1)["w"].tobytes()
 
 
+async def test_a_reason_of_any_length_is_told():
+    """A message takes 4096 characters of it."""
+    rules: dict[str, Rule] = {"mode": OneOf(tuple(f"mode {number}" for number in range(1000)))}
+    log = Log()
+    async with running(log, min_silos=1, expect=2, arguments={"mode": "x"}) as (address, run):
+        unwilling = take_part(address, "b", 3, 1, policy=Policy(arguments=rules))
+        await asyncio.gather(run, take_part(address, "a", 1, 1), unwilling)
+    outcome = log.rounds[0].outcomes["b"]
+    assert outcome.status is Status.REFUSED
+    assert "this silo allows mode to be 'mode 0' or 'mode 1'" in outcome.reason
+
+
 async def test_a_run_that_no_silo_allows_ends_and_says_why():
     log = Log()
     async with running(log, min_silos=1, arguments={"shell": "x"}) as (address, run):
