@@ -84,7 +84,7 @@ def weighted_mean(rows: Sequence[Flat], shares: Sequence[float], out: Flat) -> N
 
 
 def _is_bf16(array: Flat) -> bool:
-    return array.dtype.name == "bfloat16"
+    return array.dtype.type.__name__ == "bfloat16"  # dtype.name is made anew each time
 
 
 def _sum(

@@ -24,6 +24,8 @@ class Server:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._runner = asyncio.Runner()
+        # Not Runner.run, which sets a signal handler each time, and signal() formats it: the weights, among others.
+        self._run = self._runner.get_loop().run_until_complete
         self._listener: aiordma.Listener | None = None
         self._channels: dict[str, Channel] = {}
         self._round = 0
@@ -36,19 +38,19 @@ class Server:
 
     def listen(self) -> int:
         """See `ServerSide`."""
-        return self._runner.run(self._listen())
+        return self._run(self._listen())
 
     def gather(self) -> None:
         """See `ServerSide`."""
-        self._runner.run(self._gather())
+        self._run(self._gather())
 
     def round(self, weights: Arrays) -> Arrays:
         """See `ServerSide`."""
-        return self._runner.run(self._lead(weights))
+        return self._run(self._lead(weights))
 
     def close(self) -> None:
         """See `ServerSide`."""
-        self._runner.run(self._aclose())
+        self._run(self._aclose())
         self._runner.close()
 
     async def _listen(self) -> int:
@@ -90,20 +92,22 @@ class Silo:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._runner = asyncio.Runner()
+        # Not Runner.run, which sets a signal handler each time, and signal() formats it: the weights, among others.
+        self._run = self._runner.get_loop().run_until_complete
         self._channel: Channel | None = None
         self._member: Member | None = None
 
     def join(self) -> None:
         """See `SiloSide`."""
-        self._runner.run(self._join())
+        self._run(self._join())
 
     def round(self, train: Train) -> None:
         """See `SiloSide`."""
-        self._runner.run(self._take_part(train))
+        self._run(self._take_part(train))
 
     def close(self) -> None:
         """See `SiloSide`."""
-        self._runner.run(self._aclose())
+        self._run(self._aclose())
         self._runner.close()
 
     async def _join(self) -> None:
