@@ -3,8 +3,9 @@
 All are whole, and the silos' weights add up to a power of two: each sum of a round is exact, whatever the order of
 its terms, so that every bit of the new weights can be compared, whoever summed them.
 
-What stands for training changes one number in every `STRIDE`. All others come back as they went out, so that the new
-weights are right only if every byte was right on both ways; and those that change show that the round took place.
+Before each round every number grows by one, and what stands for training changes one in every `STRIDE` on the silos; all
+others come back as they went out. So the new weights are right only if every byte of this round went both ways, whatever
+the memory that it came to held of earlier ones, and those of the silos show that their round took place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from fedllm.bench.errors import WrongWeights
 from fedllm.bench.layouts import ITEM_BYTES, Layout, nbytes_of
 
-__all__ = ["STRIDE", "Arrays", "empty", "fill", "row_of", "train", "verify", "weights_of"]
+__all__ = ["STRIDE", "Arrays", "empty", "fill", "renew", "row_of", "train", "verify", "weights_of"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -62,6 +63,12 @@ def fill(arrays: Arrays) -> None:
             part[:] = _pattern(start + at, part.size)
 
 
+def renew(arrays: Arrays) -> None:
+    """Make every number another one than in the round before, in place."""
+    for array in arrays.values():
+        array += np.float32(1)
+
+
 def train(arrays: Arrays, number: int, silos: int) -> None:
     """What stands for the training of silo `number`, in place; takes no time."""
     step = (number + 1) * sum(weights_of(silos))
@@ -76,7 +83,7 @@ def verify(arrays: Arrays, layout: Layout, silos: int, rounds: int) -> None:
     gain = rounds * sum(w * (i + 1) for i, w in enumerate(weights_of(silos)))
     for name, flat, start in _flat({name: arrays[name] for name in layout}):
         for at, part in _pieces(flat):
-            expected = _pattern(start + at, part.size)
+            expected = _pattern(start + at, part.size) + np.float32(rounds)
             expected[-at % STRIDE :: STRIDE] += np.float32(gain)
             if not np.array_equal(part.view(np.uint32), expected.view(np.uint32)):
                 bad = int(np.argmax(part != expected))

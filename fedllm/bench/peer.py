@@ -54,6 +54,7 @@ class Lead:
         if order == "gather":
             self._side.gather()
             return Answer()
+        content.renew(self._weights)
         cpu_s, started_at_s = time.process_time(), time.monotonic()
         self._weights = self._side.round(self._weights)
         answer = Answer(seconds=time.monotonic() - started_at_s, cpu_s=time.process_time() - cpu_s)

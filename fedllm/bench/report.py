@@ -18,13 +18,15 @@ _MIB: Final = 1 << 20
 _HOW: Final = """\
 How: a server and its silos are processes of their own, connected once a turn; the contenders take turns in changing
 order. A round: the weights go to every silo, each changes one number in 16 KiB and sends all of them back, the server
-makes their weighted mean. After each round, outside its time, every bit of the mean is compared.
+makes their weighted mean. Outside its time every number is made another one before it, and every bit of the mean is
+compared after it.
 s: on the server, from its start of the round until it has the mean; the median of a turn's rounds, of which the first
   tenth (at least one) does not count; of the turns' medians the median (least..greatest).
 x: the turns' ratios of these medians to the other contender's: their median (least..greatest); below 1 is faster.
 CPU s: user and system seconds for a round, all threads, of the server's process + those of the silos together.
 server MiB: the most that RssAnon + RssShmem of the server were (looked at from outside, each 10 ms), less what they
-  were after its imports, before it had weights: the most of all turns."""
+  were after its imports, before it had weights: the most of all turns. Pages of files are not among them: updates that
+  Staged keeps in files beyond its memory_bytes."""
 
 _HOW_LINK: Final = """\
 link: two network namespaces, tbf on the way out of both. Without a delay they are a veth pair. For one they are TUN

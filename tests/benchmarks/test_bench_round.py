@@ -110,6 +110,23 @@ async def test_a_round_that_did_not_take_place_is_noticed(tmp_path):
             await asyncio.wait_for(session.round(), 30)
 
 
+async def test_numbers_that_did_not_travel_in_this_round_are_noticed(tmp_path):
+    lazy = contender(
+        tmp_path,
+        "class Server(Server):\n"
+        "    def round(self, weights):\n"
+        "        row = row_of(super().round(weights))\n"
+        "        if hasattr(self, 'before'):\n"
+        "            row[1:70_000] = self.before[1:70_000]\n"
+        "        self.before = row.copy()\n"
+        "        return weights",
+    )
+    async with open_session(setup(lazy)) as (session, _):
+        await session.round()
+        with pytest.raises(WrongWeights, match="at item 1 after 2 rounds"):
+            await session.round()
+
+
 async def test_a_contender_that_cannot_run_is_left_out(tmp_path, capsys):
     broken = contender(tmp_path, "import nothing_of_this_name")
     plan = Plan(contenders=(broken, *OURS), layout=TOY, silos=2, turns=1, rounds=1)
@@ -149,6 +166,8 @@ def test_means_are_exact_in_any_order(silos):
     assert total & (total - 1) == 0
     for _ in range(MAX_ROUNDS // 20):
         rows = []
+        for _ in range(20):
+            content.renew(arrays)
         for number in range(silos):
             update = {name: array.copy() for name, array in arrays.items()}
             for _ in range(20):
