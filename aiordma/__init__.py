@@ -36,10 +36,10 @@ from aiordma.errors import (
     VersionMismatch,
 )
 from aiordma.listener import Listener, Server
+from aiordma.outgoing import Outgoing, prepare
 from aiordma.registration import Registration
 from aiordma.ring import set_memory_budget
 from aiordma.stats import ChannelStats, LaneInfo, LaneStats
-from aiordma.tensors import Outgoing, prepare
 from aiordma.transfer import Transfer
 from aiordma.wire.manifest import Manifest, TensorSpec
 

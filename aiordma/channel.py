@@ -13,18 +13,10 @@ import msgspec
 from aiordma.errors import Busy, ChannelClosed, ChannelError, MessageError, TensorError
 from aiordma.lanes.registry import Registry
 from aiordma.link import Link
+from aiordma.outgoing import Outgoing, prepare
 from aiordma.registration import Registration
 from aiordma.stats import ChannelStats, LaneInfo, total
-from aiordma.tensors import (
-    Array,
-    Destination,
-    Framework,
-    Outgoing,
-    allocate,
-    destination,
-    prepare,
-    require_mapping,
-)
+from aiordma.tensors import Array, Destination, Framework, allocate, destination, require_mapping
 from aiordma.transfer import Send, Transfer
 from aiordma.wire.credit import Lent
 from aiordma.wire.session import open_cost

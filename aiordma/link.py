@@ -22,11 +22,11 @@ from aiordma.errors import (
     again,
 )
 from aiordma.loans import Loans
+from aiordma.outgoing import Outgoing
 from aiordma.port import Port, Subject
 from aiordma.pulse import Pulse
 from aiordma.queues import Fifo, Gate, Gates
 from aiordma.stats import Counters
-from aiordma.tensors import Outgoing
 from aiordma.transfer import Reception, Send, Stage, Transfer
 from aiordma.wire import control as wire, frames
 from aiordma.wire.frames import ChunkHeader

@@ -9,11 +9,10 @@ from aiordma.chunk import Chunk
 from aiordma.errors import ChannelBroken, RemoteProtocolError
 from aiordma.lanes.base import Lane
 from aiordma.lanes.rendezvous import Windows
+from aiordma.outgoing import Outgoing
 from aiordma.ring import Ring, SlotState
 from aiordma.stats import LaneStats
-from aiordma.tensors import Outgoing
 from aiordma.transfer import Reception
-from aiordma.wire import frames
 from aiordma.wire.frames import ChunkHeader
 from aiordma.wire.receiving import Verdict
 from aiordma.wire.sending import Plan
@@ -87,7 +86,7 @@ class Port:
         parts = outgoing.views(plan.offset, plan.length) if outgoing.is_host else []
         if not 0 < len(parts) <= _MAX_PARTS:
             parts = self._stage(plan, outgoing)
-        check = frames.payload_check(parts) if checksum else None
+        check = outgoing.check(plan.offset, plan.length, parts) if checksum else None
         self._sent = (self._sent[0] + 1, self._sent[1] + plan.length)
         self.lane.post(
             ChunkHeader(plan.slot, plan.length, plan.transfer, plan.offset, check), parts

@@ -10,17 +10,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-import msgspec
 import numpy as np
 
-from aiordma.errors import ManifestError, TensorError
+from aiordma.errors import TensorError
 from aiordma.wire import manifest as wire
-from aiordma.wire.manifest import MAX_META_BYTES, Manifest, TensorSpec
+from aiordma.wire.manifest import Manifest, TensorSpec
 
 Array: TypeAlias = Any
 """A numpy.ndarray or a torch.Tensor, as the caller asked for."""
@@ -40,7 +38,7 @@ _FORMATS |= {f"{char}{n}": f"U{8 * n}" for char in "BHILQN" for n in (1, 2, 4, 8
 _FORMATS |= {f"{char}{n}": f"F{8 * n}" for char, n in (("e", 2), ("f", 4), ("d", 8))}
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
     """One array, seen as the bytes that it holds."""
 
     dtype: str
@@ -49,81 +47,6 @@ class _Memory(NamedTuple):
     address: int
     data: Any
     """On the host: a memoryview of bytes. Elsewhere: a flat torch.uint8 tensor on the device."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Outgoing:
-    """Tensors that are described once and can be sent to any number of channels.
-
-    Made by `prepare`. Holds references to the arrays and copies nothing: what is written into an
-    array before it was sent is what travels.
-    """
-
-    manifest: Manifest
-    manifest_bytes: bytes
-    meta_bytes: bytes
-    """`meta` as msgpack; empty for None."""
-    is_host: bool
-    """False if a tensor lives on a device, so that its bytes have to be staged."""
-    _memory: Mapping[int, _Memory]
-
-    def with_meta(self, meta: object) -> Outgoing:
-        """The same tensors with another `meta`. Raises `TensorError` as `prepare` does."""
-        return replace(self, meta_bytes=_encode_meta(meta))
-
-    def views(self, offset: int, length: int) -> list[memoryview]:
-        """The host memory of the chunk [offset, offset + length): no copies, in layout order.
-
-        The views are borrowed from the arrays, and must not be written. Raises `TensorError` if the chunk touches a
-        tensor on a device; `ManifestError` for what is no chunk of this data."""
-        views: list[memoryview] = []
-        for spec, _, start, nbytes in self.manifest.parts(offset, length):
-            memory, first = self._memory[spec.offset], start - spec.offset
-            if memory.device != "cpu":
-                raise _error(spec.name, f"lives on {memory.device}: use stage()")
-            views.append(memory.data[first : first + nbytes])
-        return views
-
-    def stage(self, offset: int, length: int, into: memoryview) -> None:
-        """Copy the chunk [offset, offset + length) into the first `length` bytes of `into`, writable host memory of
-        bytes. The copy from a device is complete on return."""
-        for spec, _, start, nbytes in self.manifest.parts(offset, length):
-            memory, first = self._memory[spec.offset], start - spec.offset
-            target = into[start - offset : start - offset + nbytes]
-            source = memory.data[first : first + nbytes]
-            if memory.device == "cpu":
-                target[:] = source
-            else:
-                sys.modules["torch"].frombuffer(target, dtype=source.dtype).copy_(source)
-
-
-def prepare(tensors: Mapping[str, object], *, meta: object = None) -> Outgoing:
-    """Describe tensors for sending. Nothing is copied.
-
-    `tensors` maps names (at most 1024 bytes of UTF-8) to numpy arrays, torch tensors, objects with `__dlpack__`, or
-    objects with the buffer protocol (of a dtype that their format tells, or else U8). All must be C-contiguous and of
-    a dtype in `ITEM_BYTES`. Those that are the same memory, dtype and shape travel once. `meta` is any object that
-    msgpack can encode in 64 KiB.
-
-    Raises `TensorError`, which names the tensor and the remedy.
-    """
-    require_mapping("tensors", tensors)
-    memory = {name: _describe(name, value) for name, value in tensors.items()}
-    manifest = wire.lay_out(
-        (name, m.dtype, m.shape, (m.device, m.address)) for name, m in memory.items()
-    )
-    try:
-        wire.check(manifest, max_tensors=len(memory), max_total_bytes=wire.MAX_BYTES)
-    except ManifestError as exc:
-        raise TensorError(f"these tensors cannot be sent: {exc}") from exc
-    by_offset = {spec.offset: memory[spec.name] for spec in manifest.tensors if spec.nbytes}
-    return Outgoing(
-        manifest=manifest,
-        manifest_bytes=wire.encode(manifest),
-        meta_bytes=_encode_meta(meta),
-        is_host=all(m.device == "cpu" for m in by_offset.values()),
-        _memory=by_offset,
-    )
 
 
 def allocate(
@@ -229,7 +152,7 @@ def destination(manifest: Manifest, into: Mapping[str, object]) -> Destination:
     if missing or unknown:
         differing = f"it lacks {missing[:5]}, and has {unknown[:5]} besides"
         raise TensorError(f"`into` must have exactly the transfer's names: {differing}")
-    memory: dict[int, _Memory] = {}
+    memory: dict[int, Memory] = {}
     taken: list[tuple[int, TensorSpec]] = []
     ties: list[tuple[memoryview, memoryview]] = []
     for name, spec in specs.items():
@@ -252,9 +175,9 @@ def typed_view(spec: TensorSpec, data: memoryview) -> np.ndarray[Any, Any]:
     return np.frombuffer(data.toreadonly(), dtype)
 
 
-def _describe(name: object, value: object) -> _Memory:
+def describe(name: object, value: object) -> Memory:
     if not isinstance(name, str):
-        raise TensorError(f"tensor name {name!r} is a {_kind(name)}: names are str")
+        raise TensorError(f"tensor name {name!r} is a {kind_of(name)}: names are str")
     torch = sys.modules.get("torch")
     if isinstance(value, getattr(torch, "Tensor", ())):  # none yet while a thread imports torch
         return _describe_torch(name, value, torch)
@@ -265,77 +188,81 @@ def _describe(name: object, value: object) -> _Memory:
             shared = np.from_dlpack(cast(Any, value))
         except Exception as exc:
             # Foreign code: an AttributeError for want of __dlpack_device__, among others.
-            why = f"({_kind(value)}) cannot be shared by DLPack ({exc}): pass a numpy array of it"
-            raise _error(name, why) from exc
+            why = f"({kind_of(value)}) cannot be shared by DLPack ({exc}): pass a numpy array of it"
+            raise tensor_error(name, why) from exc
         return _describe_numpy(name, shared)
     return _describe_buffer(name, value)
 
 
-def _describe_numpy(name: str, value: np.ndarray[Any, Any] | np.generic) -> _Memory:
+def _describe_numpy(name: str, value: np.ndarray[Any, Any] | np.generic) -> Memory:
     if isinstance(value, np.ndarray) and hasattr(value, "mask"):
-        raise _error(name, "is masked, and its mask would be lost: pass .filled() of it")
+        raise tensor_error(name, "is masked, and its mask would be lost: pass .filled() of it")
     array = np.asarray(value)
     dtype = _WIRE_NAMES.get(array.dtype.name)
     if dtype is None:
-        raise _error(name, f"has the unsupported numpy dtype {array.dtype}: {_CONVERT}")
+        raise tensor_error(name, f"has the unsupported numpy dtype {array.dtype}: {_CONVERT}")
     if not array.dtype.isnative:
         order = f"has the foreign byte order {array.dtype.str!r}"
-        raise _error(name, f"{order}: pass .astype({array.dtype.name!r}) of it")
+        raise tensor_error(name, f"{order}: pass .astype({array.dtype.name!r}) of it")
     if not array.flags.c_contiguous:
-        raise _error(name, "is not contiguous: pass np.ascontiguousarray of it")
+        raise tensor_error(name, "is not contiguous: pass np.ascontiguousarray of it")
     flat = array.reshape(-1).view(np.uint8)
-    return _Memory(dtype, array.shape, "cpu", flat.ctypes.data, flat.data)
+    return Memory(dtype, array.shape, "cpu", flat.ctypes.data, flat.data)
 
 
-def _describe_torch(name: str, tensor: Any, torch: Any) -> _Memory:
+def _describe_torch(name: str, tensor: Any, torch: Any) -> Memory:
     if tensor.layout is not torch.strided or tensor.is_nested:
-        raise _error(name, "is sparse or nested: pass .to_dense() of it, or its parts")
+        raise tensor_error(name, "is sparse or nested: pass .to_dense() of it, or its parts")
     dtype = _WIRE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
-        raise _error(name, f"has the unsupported dtype {tensor.dtype}: {_CONVERT}")
+        raise tensor_error(name, f"has the unsupported dtype {tensor.dtype}: {_CONVERT}")
     if tensor.is_meta:
-        raise _error(name, "is on the meta device, without data: materialise it first")
+        raise tensor_error(name, "is on the meta device, without data: materialise it first")
     if tensor.is_conj() or tensor.is_neg():
-        raise _error(name, "is a lazy view: pass .resolve_conj().resolve_neg() of it")
+        raise tensor_error(name, "is a lazy view: pass .resolve_conj().resolve_neg() of it")
     if not tensor.is_contiguous():
-        raise _error(name, "is not contiguous: pass .contiguous() of it")
+        raise tensor_error(name, "is not contiguous: pass .contiguous() of it")
     try:
         # .view refuses 0-d, and the stride 0 that a tensor of nothing may have.
         flat = tensor.detach().reshape(-1).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         device, address = str(tensor.device), flat.data_ptr()
         data = flat.numpy().data if device == "cpu" else flat
     except (RuntimeError, TypeError) as exc:
-        why = f"({_kind(tensor)}) cannot be seen as bytes ({exc}): pass a plain tensor"
-        raise _error(name, why) from exc
-    return _Memory(dtype, tuple(tensor.shape), device, address, data)
+        why = f"({kind_of(tensor)}) cannot be seen as bytes ({exc}): pass a plain tensor"
+        raise tensor_error(name, why) from exc
+    return Memory(dtype, tuple(tensor.shape), device, address, data)
 
 
-def _describe_buffer(name: str, value: object) -> _Memory:
+def _describe_buffer(name: str, value: object) -> Memory:
     try:
         view = memoryview(cast(Any, value))
     except (BufferError, TypeError, ValueError) as exc:
         remedy = "pass a numpy array, a torch tensor, or what has __dlpack__ or the buffer protocol"
-        raise _error(name, f"is a {_kind(value)} ({exc}): {remedy}") from exc
+        raise tensor_error(name, f"is a {kind_of(value)} ({exc}): {remedy}") from exc
     if not view.c_contiguous:
-        raise _error(name, "is not contiguous: pass bytes() of it")
+        raise tensor_error(name, "is not contiguous: pass bytes() of it")
     if "O" in view.format:
-        raise _error(name, f"may hold Python objects (format {view.format!r}): pass its numbers")
+        raise tensor_error(
+            name, f"may hold Python objects (format {view.format!r}): pass its numbers"
+        )
     char = view.format.lstrip("@=<" if sys.byteorder == "little" else "@=>!")
     dtype = _FORMATS.get(char) or _FORMATS.get(f"{char}{view.itemsize}")
     shape = (view.nbytes,) if dtype is None else tuple(view.shape or ())
     flat = np.frombuffer(view, np.uint8)
-    return _Memory(dtype or "U8", shape, "cpu", flat.ctypes.data, flat.data)
+    return Memory(dtype or "U8", shape, "cpu", flat.ctypes.data, flat.data)
 
 
-def _describe_target(spec: TensorSpec, value: object) -> _Memory:
-    found = _describe(spec.name, value)
+def _describe_target(spec: TensorSpec, value: object) -> Memory:
+    found = describe(spec.name, value)
     if (found.dtype, found.shape) != (spec.dtype, spec.shape):
         got = f"{found.dtype} of shape {found.shape}"
-        raise _error(spec.name, f"is {spec.dtype} of shape {spec.shape}, but `into` has {got}")
+        raise tensor_error(
+            spec.name, f"is {spec.dtype} of shape {spec.shape}, but `into` has {got}"
+        )
     if found.device != "cpu":
-        raise _error(spec.name, f"is on {found.device} in `into`: receive into host memory")
+        raise tensor_error(spec.name, f"is on {found.device} in `into`: receive into host memory")
     if found.data.readonly:
-        raise _error(spec.name, "is read-only in `into`: pass a writable array")
+        raise tensor_error(spec.name, "is read-only in `into`: pass a writable array")
     return found
 
 
@@ -344,7 +271,7 @@ def _check_disjoint(taken: list[tuple[int, TensorSpec]]) -> None:
     for (address, spec), (next_address, other) in pairwise(sorted(taken, key=lambda t: t[0])):
         is_tied = address == next_address and spec.offset == other.offset
         if next_address < address + spec.nbytes and not is_tied:
-            raise _error(
+            raise tensor_error(
                 spec.name, f"overlaps {other.name!r} in the memory of `into`: give each its own"
             )
 
@@ -358,7 +285,7 @@ def _dtype_in(torch: Any, spec: TensorSpec) -> Any:
         dtype = getattr(torch, _DTYPES[spec.dtype], None)
         lack = "which this torch has not: upgrade torch"
     if dtype is None:
-        raise _error(spec.name, f"is {spec.dtype}, {lack}")
+        raise tensor_error(spec.name, f"is {spec.dtype}, {lack}")
     return dtype
 
 
@@ -373,28 +300,15 @@ def _numpy_dtype(dtype: str) -> np.dtype[Any] | None:
         return None
 
 
-def _encode_meta(meta: object) -> bytes:
-    if meta is None:
-        return b""
-    try:
-        encoded = msgspec.msgpack.encode(meta)
-    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-        raise TensorError(f"`meta` cannot be encoded as msgpack: {exc}") from exc
-    if len(encoded) > MAX_META_BYTES:
-        size = f"{len(encoded)} bytes, more than the limit of {MAX_META_BYTES}"
-        raise TensorError(f"`meta` takes {size}: send it as a tensor")
-    return encoded
-
-
 def require_mapping(what: str, value: object) -> None:
     """Raise `TensorError` for anything but a mapping."""
     if not isinstance(value, Mapping):
-        raise TensorError(f"`{what}` must be a mapping from names to arrays, not {_kind(value)}")
+        raise TensorError(f"`{what}` must be a mapping from names to arrays, not {kind_of(value)}")
 
 
-def _error(name: str, why: str) -> TensorError:
+def tensor_error(name: str, why: str) -> TensorError:
     return TensorError(f"tensor {name!r} {why}")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"

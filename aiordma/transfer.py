@@ -24,15 +24,8 @@ from aiordma.errors import (
     again,
 )
 from aiordma.loans import Leases, Loans
-from aiordma.tensors import (
-    Array,
-    Destination,
-    Framework,
-    Outgoing,
-    Take,
-    allocate,
-    destination,
-)
+from aiordma.outgoing import Outgoing
+from aiordma.tensors import Array, Destination, Framework, Take, allocate, destination
 from aiordma.wire.manifest import Manifest
 from aiordma.wire.receiving import Incoming
 

@@ -32,7 +32,7 @@ from aiordma import Chunk, Manifest, Transfer, TransferTimeout, prepare
 from fedllm.aggregate import Arrays, check_layout, check_weight, check_weights
 from fedllm.config import check_seconds
 from fedllm.errors import FedError, UpdateError, WeightsError
-from fedllm.fold import Flat, Reduction, check_finite, shares_of, weighted_mean
+from fedllm.fold import BLOCK_ITEMS, Flat, Reduction, check_finite, shares_of, weighted_mean
 from fedllm.memory import Memory, taken
 
 __all__ = ["Aligned", "AlignedContribution"]
@@ -160,15 +160,18 @@ class Aligned:
         self._allocate()
         start = self._folded_bytes
         for spec, element, byte, nbytes in self._manifest.parts(start, end - start):
-            out = self._sums[spec.name][element : element + nbytes // spec.item_bytes]
-            rows = [member.row(byte, out) for member in members]
-            for member, row in zip(members, rows, strict=True):
-                try:
-                    check_finite(spec.name, row, spec.shape, element)
-                except UpdateError as exc:
-                    member.refuse(exc)
-                    return member
-            self._reduce(rows, self._shares, out)
+            sums = self._sums[spec.name][element : element + nbytes // spec.item_bytes]
+            # Block by block, so that what was checked is in the cache when it is summed.
+            for at in range(0, sums.size, BLOCK_ITEMS):
+                out = sums[at : at + BLOCK_ITEMS]
+                rows = [member.row(byte + at * spec.item_bytes, out) for member in members]
+                for member, row in zip(members, rows, strict=True):
+                    try:
+                        check_finite(spec.name, row, spec.shape, element + at)
+                    except UpdateError as exc:
+                        member.refuse(exc)
+                        return member
+                self._reduce(rows, self._shares, out)
         return None
 
     def _without(self, contribution: AlignedContribution) -> None:

@@ -48,7 +48,7 @@ async def run_evaluation(
     if deadline_s is not None:
         check_seconds("deadline_s", deadline_s)
     task = Task(round, secrets.randbits(63), check_arguments(arguments or {}), evaluates=True)
-    outgoing = prepare(weights)
+    outgoing = prepare(weights, is_constant=True)
     loop = asyncio.get_running_loop()
     started = loop.time()
     asked = {

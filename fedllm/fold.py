@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fedllm.errors import UpdateError
 
-__all__ = ["Flat", "Reduction", "check_finite", "shares_of", "weighted_mean"]
+__all__ = ["BLOCK_ITEMS", "Flat", "Reduction", "check_finite", "shares_of", "weighted_mean"]
 
 Flat: TypeAlias = NDArray[Any]
 """A 1-D, contiguous array of F16, BF16, F32 or F64."""

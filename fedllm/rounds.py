@@ -157,7 +157,7 @@ class _Round:
         """Do it all; see `run_round`."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        outgoing = prepare(self._weights)
+        outgoing = prepare(self._weights, is_constant=True)
         for name, peer in self._channels.items():
             place = self._places[name]
             if isinstance(peer, Shards):

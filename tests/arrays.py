@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from aiordma import tensors as tensors_module
-from aiordma.tensors import Destination, Outgoing, allocate, prepare
+from aiordma.outgoing import Outgoing, prepare
+from aiordma.tensors import Destination, allocate
 from aiordma.wire.manifest import ITEM_BYTES
 
 NAMES = tensors_module._DTYPES

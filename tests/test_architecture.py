@@ -35,7 +35,7 @@ BELOW_STRATEGY = "fedllm.errors fedllm.config fedllm.aggregate fedllm.fold"
 
 ROOMS: Mapping[str, str] = {
     # module pattern: the modules of this project that it may import ("aiordma": by public name)
-    "aiordma": "aiordma.errors aiordma.config aiordma.ring aiordma.wire.manifest aiordma.tensors"
+    "aiordma": "aiordma.errors aiordma.config aiordma.ring aiordma.wire.manifest aiordma.outgoing"
     " aiordma.stats aiordma.chunk aiordma.transfer aiordma.registration aiordma.channel aiordma.listener"
     " aiordma.endpoint",
     "aiordma.errors": "",
@@ -47,6 +47,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.wire.session": f"aiordma.errors {WIRE}",
     "aiordma.wire.*": "aiordma.errors",
     "aiordma.tensors": "aiordma.errors aiordma.wire aiordma.wire.manifest",
+    "aiordma.outgoing": "aiordma.errors aiordma.tensors aiordma.wire aiordma.wire.frames aiordma.wire.manifest",
     "aiordma.stats": "",
     "aiordma.lanes": "",
     "aiordma.lanes.completion": "aiordma.errors",
@@ -68,18 +69,18 @@ ROOMS: Mapping[str, str] = {
     "aiordma.pulse": "aiordma.errors",
     "aiordma.queues": "aiordma.errors aiordma.wire.credit",
     "aiordma.chunk": f"aiordma.errors aiordma.tensors {WIRE}",
-    "aiordma.transfer": f"aiordma.errors aiordma.tensors aiordma.chunk aiordma.loans {WIRE}",
+    "aiordma.transfer": f"aiordma.errors aiordma.outgoing aiordma.tensors aiordma.chunk aiordma.loans {WIRE}",
     "aiordma.loans": "aiordma.tensors aiordma.lanes.rendezvous",
     "aiordma.registration": "",
     "aiordma.path": "aiordma.errors aiordma.config aiordma.ring aiordma.handshake aiordma.lanes.choice"
     f" aiordma.lanes.rdma aiordma.lanes.registry aiordma.lanes.verbs {WIRE}",
     "aiordma.early": "aiordma.chunk aiordma.wire.frames",
-    "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.tensors aiordma.chunk aiordma.transfer"
+    "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.outgoing aiordma.chunk aiordma.transfer"
     f" aiordma.lanes.base aiordma.lanes.rendezvous {WIRE}",
-    "aiordma.link": "aiordma.errors aiordma.config aiordma.tensors aiordma.stats aiordma.chunk aiordma.control"
+    "aiordma.link": "aiordma.errors aiordma.config aiordma.outgoing aiordma.stats aiordma.chunk aiordma.control"
     f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early"
     f" aiordma.loans aiordma.port {WIRE}",
-    "aiordma.channel": "aiordma.errors aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
+    "aiordma.channel": "aiordma.errors aiordma.outgoing aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
     f" aiordma.registration aiordma.lanes.registry {WIRE}",
     "aiordma.handshake": f"aiordma.errors aiordma.config aiordma.ring {WIRE}",
     "aiordma.proxy": "aiordma.errors aiordma.handshake",

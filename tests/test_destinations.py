@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 
 from aiordma import tensors as tensors_module
 from aiordma.errors import ManifestError, TensorError
-from aiordma.tensors import Destination, allocate, destination, prepare, typed_view
+from aiordma.outgoing import prepare
+from aiordma.tensors import Destination, allocate, destination, typed_view
 from aiordma.wire.manifest import ITEM_BYTES, TensorSpec, lay_out
 from tests.arrays import NUMPY, TORCH, move, numpy_of, torch_of
 

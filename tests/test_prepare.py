@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aiordma.errors import TensorError
-from aiordma.tensors import prepare
+from aiordma.outgoing import prepare
 
 
 def quantized() -> torch.Tensor:

@@ -17,7 +17,8 @@ import torch
 
 from aiordma import tensors as tensors_module
 from aiordma.errors import TensorError
-from aiordma.tensors import allocate, destination, prepare
+from aiordma.outgoing import prepare
+from aiordma.tensors import allocate, destination
 from aiordma.wire.manifest import ITEM_BYTES, Manifest
 from tests.arrays import NUMPY, TORCH, move, numpy_of, round_trip, torch_of
 
@@ -253,7 +254,7 @@ def test_a_device_tensor_is_staged_and_has_no_views(monkeypatch: pytest.MonkeyPa
 
 def test_torch_and_ml_dtypes_are_not_imported() -> None:
     program = (
-        "import sys, numpy, aiordma.tensors as t\n"
+        "import sys, numpy, aiordma.outgoing as t\n"
         "t.prepare({'a': numpy.zeros(2), 'b': b'x'})\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'ml_dtypes')))"
     )

@@ -15,9 +15,11 @@ from aiordma import (
     Busy,
     Channel,
     ChannelConfig,
+    ChecksumError,
     Transfer,
     TransferAborted,
     TransferRefused,
+    prepare,
 )
 from tests.foreign import nothing_left
 from tests.harness import (
@@ -334,3 +336,22 @@ async def test_both_ends_send_at_once(pair: Pair) -> None:
             assert await channel.recv() == i
 
     await asyncio.gather(*map(converse, pair))
+
+
+async def test_what_is_constant_is_checked_once_for_all_channels(pair: Pair) -> None:
+    near, far = pair
+    array = noise(9 * SLOT)
+    for is_constant in (False, True):
+        outgoing = prepare({"tensor": array}, is_constant=is_constant)
+        for meta in ("first", "second"):
+            sending = asyncio.create_task(near.send_tensors(outgoing, meta=meta))
+            assert alike(await far.recv_tensor(), array)
+            await sending
+        array[-1] ^= 1
+        sending = asyncio.create_task(near.send_tensors(outgoing))
+        receiving = asyncio.create_task(far.recv_tensor())
+        ends = await asyncio.gather(sending, receiving, return_exceptions=True)
+        if is_constant:
+            assert [type(end) for end in ends] == [ChecksumError, ChecksumError]
+        else:
+            assert alike(ends[1], array)

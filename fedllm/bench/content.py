@@ -3,9 +3,9 @@
 All are whole, and the silos' weights add up to a power of two: each sum of a round is exact, whatever the order of
 its terms, so that every bit of the new weights can be compared, whoever summed them.
 
-Before each round every number grows by one, and what stands for training changes one in every `STRIDE` on the silos; all
-others come back as they went out. So the new weights are right only if every byte of this round went both ways, whatever
-the memory that it came to held of earlier ones, and those of the silos show that their round took place.
+Before each round every number grows by one, and what stands for training changes one in every `STRIDE` on the silos;
+all others come back as they went out. So the new weights are right only if every byte of this round went both ways,
+whatever memory of earlier ones held; and those that the silos changed show that their round took place.
 """
 
 from __future__ import annotations
