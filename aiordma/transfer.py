@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -28,6 +28,8 @@ from aiordma.outgoing import Outgoing
 from aiordma.tensors import Array, Destination, Framework, Take, allocate, destination
 from aiordma.wire.manifest import Manifest
 from aiordma.wire.receiving import Incoming
+
+OnChunk: TypeAlias = Callable[[Chunk], object]
 
 
 class Send:
@@ -99,10 +101,13 @@ class Reception:
         self.moved_at = now
         self._owner = owner
         self._destination: Destination | None = None
+        self._on_chunk: OnChunk | None = None
         self._placed_bytes = 0
         self._aside_bytes = 0
         self._lent: set[Chunk] = set()
         self._error: AiordmaError | None = None
+        self._objection: Exception | None = None
+        """What `on_chunk` raised."""
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -161,8 +166,8 @@ class Reception:
             self.held.popleft().release()
         self._wake()
 
-    def begin(self, destination: Destination | None) -> None:
-        """Claim the transfer; None: its chunks go to `next_chunk`."""
+    def begin(self, destination: Destination | None, on_chunk: OnChunk | None = None) -> None:
+        """Claim the transfer; without a `destination` its chunks go to `next_chunk`."""
         if self._error is not None:
             raise again(self._error)
         if self.stage is not Stage.OFFERED:
@@ -170,11 +175,10 @@ class Reception:
                 f"transfer {self.incoming.id} is {self.stage.value}: it is received only once"
             )
         self.stage = Stage.RECEIVING
-        self._destination = destination
+        self._destination, self._on_chunk = destination, on_chunk
         self._owner.claim(self)
-        if destination is not None:
-            while self.held:
-                self._store(self.held.popleft())
+        while self._destination is not None and self.held:
+            self._store(self.held.popleft())
 
     async def complete(self) -> None:
         """Wait until the destination has everything.
@@ -193,6 +197,8 @@ class Reception:
             self.let_go()
             await leases.end(is_complete=self.incoming.is_complete)
             raise
+        if self._objection is not None:
+            raise self._objection
         if self._error is not None:
             raise again(self._error)
         if self._destination is not None:
@@ -255,7 +261,16 @@ class Reception:
         if not chunk.is_direct:
             self._owner.copied(self._destination.scatter(chunk.offset, chunk.view))
         self._placed_bytes += chunk.nbytes
+        if self._on_chunk is not None:
+            self._show(chunk, self._on_chunk)
         chunk.release()
+
+    def _show(self, chunk: Chunk, on_chunk: OnChunk) -> None:
+        try:
+            on_chunk(chunk.lend(self.incoming.manifest, lambda: None))
+        except Exception as exc:
+            self._objection = exc
+            self.give_up(None, f"the receiver objects to what came: {exc}")
 
     def _returned(self, chunk: Chunk) -> None:
         self._lent.discard(chunk)
@@ -309,26 +324,34 @@ class Transfer:
         return msgspec.msgpack.decode(self._meta) if self._meta else None
 
     async def arrays(
-        self, framework: Framework = "numpy", *, take: Take | None = None
+        self,
+        framework: Framework = "numpy",
+        *,
+        take: Take | None = None,
+        on_chunk: OnChunk | None = None,
     ) -> dict[str, Array]:
         """Receive into new arrays, by name in the sender's order; all share one allocation.
 
-        `take`, called with a number of bytes, gives its memory as a 1-D, writable numpy array of uint8.
+        `take`, called with a number of bytes, gives its memory as a 1-D, writable numpy array of uint8. `on_chunk`:
+        see `into`.
         Raises `TensorError` (nothing is claimed then) for a dtype that the framework does not have, and a
         `TransferError` if the transfer fails. Cancelled before the first chunk came, it can be called again;
         later, the transfer is aborted. The channel stays usable.
         """
         buffer, arrays = allocate(self.manifest, framework, take)
-        self.reception.begin(Destination(self.manifest, buffer))
+        self.reception.begin(Destination(self.manifest, buffer), on_chunk)
         await self.reception.complete()
         return arrays
 
-    async def into(self, mapping: Mapping[str, Array]) -> None:
+    async def into(self, mapping: Mapping[str, Array], *, on_chunk: OnChunk | None = None) -> None:
         """Receive into the caller's arrays: exactly the manifest's names, dtypes and shapes.
 
+        `on_chunk` is called with each chunk, in any order, when it is in its place and its check was right: to show
+        progress, or to look at its numbers while they are in the cache. It keeps the loop from other things. What it
+        raises is raised here, and the transfer is aborted.
         Raises and is cancelled like `arrays`; the arrays hold undefined bytes unless it succeeds.
         """
-        self.reception.begin(destination(self.manifest, mapping))
+        self.reception.begin(destination(self.manifest, mapping), on_chunk)
         await self.reception.complete()
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:

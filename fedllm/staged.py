@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import mmap
 import os
@@ -15,7 +14,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from aiordma import Transfer
+from aiordma import Chunk, Transfer
 from fedllm.aggregate import Arrays, check_layout, check_weight, check_weights
 from fedllm.errors import FedError, SettingError, StagingError, UpdateError, WeightsError
 from fedllm.fold import Flat, Reduction, check_finite, shares_of, weighted_mean
@@ -178,16 +177,17 @@ class StagedContribution:
         return self._buffers
 
     async def receive(self, transfer: Transfer) -> bool:
-        """Receive into `buffers`, then `add` in a thread. See `Contribution.receive`; never has to be repeated."""
+        """Receive into `buffers`, look at each number on the way, and take part. See `Contribution.receive`; never has
+        to be repeated."""
         specs = transfer.manifest.tensors
         check_layout(self._buffers, ((spec.name, spec.dtype, spec.shape) for spec in specs))
-        await transfer.into(self._buffers)
-        await asyncio.to_thread(self.add)
+        await transfer.into(self._buffers, on_chunk=_check_chunk)
+        self._move("add")
         return True
 
     def add(self) -> None:
-        """`buffers` are filled: check that every number is finite, and take part. Raises `UpdateError`, and is
-        aborted then."""
+        """`buffers` are filled, otherwise than by `receive`: check that every number is finite, and take part. Raises
+        `UpdateError`, and is aborted then."""
         try:
             for name, array in self._buffers.items():
                 check_finite(name, array.reshape(-1), array.shape)
@@ -216,6 +216,11 @@ class StagedContribution:
                     f"this contribution is {self.stage.value}: it is too late to {verb} it"
                 )
             self.stage = stage
+
+
+def _check_chunk(chunk: Chunk) -> None:
+    for spec, first, row in chunk.parts():
+        check_finite(spec.name, row, spec.shape, first)
 
 
 def _place(layout: _Layout) -> tuple[dict[str, int], int]:

@@ -16,6 +16,7 @@ from aiordma import (
     Channel,
     ChannelConfig,
     ChecksumError,
+    Chunk,
     Transfer,
     TransferAborted,
     TransferRefused,
@@ -355,3 +356,40 @@ async def test_what_is_constant_is_checked_once_for_all_channels(pair: Pair) -> 
             assert [type(end) for end in ends] == [ChecksumError, ChecksumError]
         else:
             assert alike(ends[1], array)
+
+
+@pytest.mark.parametrize("way", ["arrays", "into"])
+async def test_whoever_receives_may_look_at_each_chunk_and_object(pair: Pair, way: str) -> None:
+    near, far = pair
+    array = np.arange(9 * SLOT // 8)
+
+    async def receive(on_chunk: Any) -> Any:
+        transfer = await anext(far.incoming())
+        if way == "arrays":
+            return (await transfer.arrays(on_chunk=on_chunk))["tensor"]
+        into = np.zeros_like(array)
+        await transfer.into({"tensor": into}, on_chunk=on_chunk)
+        return into
+
+    seen = []
+
+    def look(chunk: Chunk) -> None:
+        ((_, first, view),) = chunk.parts()
+        assert alike(view, array[first : first + view.size])
+        seen.append(first)
+
+    sending = asyncio.create_task(near.send_tensor(array))
+    assert alike(await receive(look), array)
+    await sending
+    assert sorted(seen) == list(range(0, array.size, SLOT // 8))
+
+    def object_to(chunk: Chunk) -> None:
+        if len(seen) == 12:
+            raise ValueError("it does not please")
+        seen.append(chunk.offset)
+
+    sending = asyncio.create_task(near.send_tensor(array))
+    with pytest.raises(ValueError, match="it does not please"):
+        await receive(object_to)
+    with pytest.raises(TransferAborted, match="objects to what came: it does not please"):
+        await sending

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 import aiordma
-from aiordma import Channel, ChannelConfig
+from aiordma import Channel, ChannelConfig, Transfer
 from fedllm import (
     FedAvg,
     Federation,
@@ -169,26 +168,16 @@ async def test_an_upload_of_another_layout_is_turned_away_with_the_reason():
 LATE_WEIGHT = 3.0
 
 
-class SlowToHear(ThreadPoolExecutor):
-    """Runs everything at once, but never says that the contribution of `LATE_WEIGHT` was added."""
-
-    held = 0
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        result = fn(*args, **kwargs)
-        [method] = fn.args  # of asyncio.to_thread's partial(context.run, method)
-        owner = method.__self__
-        if isinstance(owner, StagedContribution) and owner.weight == LATE_WEIGHT:
-            assert owner.stage is Stage.ADDED
-            self.held += 1
-        else:
-            done.set_result(result)
-        return done
-
-
-async def test_a_late_update_is_out_before_the_others_are_folded():
+async def test_a_late_update_is_out_before_the_others_are_folded(monkeypatch):
     """Even if it was added: whoever is told that it missed the deadline is not in the mean."""
+    receive, added = StagedContribution.receive, []
+
+    async def receive_and_wait(self: StagedContribution, transfer: Transfer) -> bool:
+        is_whole = await receive(self, transfer)
+        if self.weight == LATE_WEIGHT:
+            added.append(self.stage)
+            await asyncio.Event().wait()
+        return is_whole
 
     async def add_at_the_last_moment(channel: Channel) -> Commit:
         task: Task = await channel.recv(FROM_SERVER)
@@ -200,12 +189,11 @@ async def test_a_late_update_is_out_before_the_others_are_folded():
         commit: Commit = await channel.recv(FROM_SERVER)
         return commit
 
-    executor = SlowToHear()
+    monkeypatch.setattr(StagedContribution, "receive", receive_and_wait)
     async with acting(a=take_part, c=add_at_the_last_moment) as (servers, acts):
-        asyncio.get_running_loop().set_default_executor(executor)
         result = await a_round(servers, upload_deadline_s=DEADLINE_S)
         assert not (await acts[1]).accepted
-    assert executor.held == 1
+    assert added == [Stage.ADDED]
     assert result.outcomes["c"].status is Status.LATE
     assert result.weights["w"].tobytes() == ONES["w"].tobytes()
 
