@@ -161,7 +161,9 @@ class Link:
 
     def admit(self, header: ChunkHeader) -> Subject:
         verdict = self.session.receiver.admit(header)
-        return self.receptions[verdict.id] if isinstance(verdict, Incoming) else verdict
+        if not isinstance(verdict, Incoming):
+            return verdict
+        return self.receptions.get(verdict.id, Verdict.DISCARD)  # it may cross this end's goodbye
 
     def came(self, header: ChunkHeader, chunk: Chunk, subject: Subject) -> None:
         """A chunk is here, whole: check it, and hand it to its transfer."""

@@ -168,6 +168,16 @@ async def test_a_close_that_is_cancelled_goes_on(pair: Pair, point: int) -> None
             await near.recv()
 
 
+@pytest.mark.parametrize("point", range(4))
+async def test_a_transfer_that_crosses_the_goodbye(pair: Pair, point: int) -> None:
+    near, far = pair
+    sending = asyncio.create_task(far.send_tensor(noise(9 * SLOT)))
+    await turns(point)
+    await near.aclose()
+    with pytest.raises(ChannelClosed, match="the peer closed the channel: goodbye"):
+        await sending
+
+
 async def test_messages_arrive_before_the_goodbye(pair: Pair) -> None:
     near, far = pair
     for i in range(CONFIG.messages):
