@@ -25,6 +25,7 @@ from fedllm.messages import check_arguments
 from fedllm.participation import Outcome, Status
 from fedllm.rounds import RoundResult, run_round
 from fedllm.strategy import FedAvg, Strategy
+from fedllm.threads import finish_in_thread
 
 __all__ = ["Federation"]
 
@@ -252,7 +253,10 @@ class Federation:
         self._members.round = progress.round + 1
 
     async def _save(self) -> None:
-        """Save how far the run has come, unless that is saved; and, if they are new, the weights."""
+        """Save how far the run has come, unless that is saved; and, if they are new, the weights.
+
+        Cancelled, it finishes first.
+        """
         checkpoints, progress = self._checkpoints, self._progress
         if checkpoints is None or self._saved == progress:
             return
@@ -263,11 +267,15 @@ class Federation:
             )
         run = self._members.run
         state = asdict(State(run=run, fingerprint=self._fingerprint, progress=progress))
-        if self._saved is not None and self._saved.round == progress.round:
-            await asyncio.to_thread(checkpoints.amend, progress.round, state)
-        else:
-            await asyncio.to_thread(checkpoints.save, progress.round, self._weights, state)
-        self._saved = progress
+
+        def save() -> None:
+            if self._saved is not None and self._saved.round == progress.round:
+                checkpoints.amend(progress.round, state)
+            else:
+                checkpoints.save(progress.round, self._weights, state)
+            self._saved = progress
+
+        await finish_in_thread(save)
 
     async def _succeed(self) -> RoundResult:
         """One round, tried until it has its quorum."""

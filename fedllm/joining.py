@@ -30,6 +30,7 @@ from fedllm.kept import Kept
 from fedllm.messages import JOIN_ANSWER, Join, Refused, Shard, Welcome
 from fedllm.policy import Policy
 from fedllm.silo import OPEN, Silo
+from fedllm.threads import finish_in_thread
 
 __all__ = ["join"]
 
@@ -110,7 +111,7 @@ async def _request(
     except msgspec.ValidationError as exc:
         raise SettingError(f"no server takes such a request to join: {exc}") from exc
     if kept is not None:
-        request = msgspec.structs.replace(request, key=await asyncio.to_thread(kept.key))
+        request = msgspec.structs.replace(request, key=await finish_in_thread(kept.key))
     return request
 
 

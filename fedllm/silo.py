@@ -19,6 +19,7 @@ from fedllm.kept import Kept, identify
 from fedllm.memory import Memory
 from fedllm.messages import Begin, Commit, Decline, Goodbye, Ready, Shard, Task, Upload, Welcome
 from fedllm.policy import Policy
+from fedllm.threads import finish_in_thread
 
 __all__ = ["Evaluate", "EvaluationTask", "Report", "RoundTask", "Silo"]
 
@@ -201,9 +202,9 @@ class Silo:
         return None
 
     async def keep(self, identity: str, update: Mapping[str, object], ready: Ready) -> None:
-        """Keep an update for a round that may come again. Raises `CheckpointError`."""
+        """Keep an update for a round that may come again. Raises `CheckpointError`. Cancelled, it finishes first."""
         if self._kept is not None:
-            await asyncio.to_thread(self._kept.save, identity, update, ready)
+            await finish_in_thread(self._kept.save, identity, update, ready)
 
     @property
     def can_return(self) -> bool:

@@ -123,16 +123,16 @@ ROOMS: Mapping[str, str] = {
     "fedllm.history": "fedllm.participation fedllm.rounds",
     "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly",
     "fedllm.federation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
-    " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint",
+    " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint fedllm.threads",
     "fedllm.backoff": "fedllm.errors fedllm.config",
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
     "fedllm.policy": "fedllm.errors fedllm.messages",
     "fedllm.journal": "aiordma fedllm.errors fedllm.checkpoint",
     "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.policy fedllm.journal",
     "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation fedllm.policy"
-    " fedllm.journal",
+    " fedllm.journal fedllm.threads",
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"
-    " fedllm.policy fedllm.journal fedllm.silo",
+    " fedllm.policy fedllm.journal fedllm.silo fedllm.threads",
     "fedllm.bench": "",
     "fedllm.bench.*": "aiordma aiordma.errors fedllm fedllm.errors fedllm.interrupt fedllm.bench.*",
     "fedllm.demo": "",
