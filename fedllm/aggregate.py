@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Protocol, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
 from aiordma import Transfer
@@ -22,6 +23,8 @@ __all__ = [
     "check_layout",
     "check_weight",
     "check_weights",
+    "tie",
+    "ties_of",
     "wire_dtype",
 ]
 
@@ -123,3 +126,22 @@ def check_layout(like: Arrays, got: Iterable[tuple[str, str, tuple[int, ...]]]) 
             raise UpdateError(f"tensor {name!r} has shape {shape}, not {array.shape}")
         if dtype != wire_dtype(name, array):
             raise UpdateError(f"tensor {name!r} is {dtype}, not {wire_dtype(name, array)}")
+
+
+def ties_of(weights: Arrays) -> dict[str, str]:
+    """Of tensors that are the same memory, dtype and shape: each further one's name, and the first one's."""
+    firsts: dict[object, str] = {}
+    ties = {}
+    for name, array in weights.items():
+        first = firsts.setdefault((array.ctypes.data, array.dtype, array.shape), name)
+        if first != name and array.nbytes:
+            ties[name] = first
+    return ties
+
+
+def tie(arrays: dict[str, NDArray[Any]], ties: Mapping[str, str]) -> None:
+    """Let tensors be one array that are to be, unless their bits differ: so that they travel once, as before."""
+    for name, first in ties.items():
+        bits = f"u{arrays[name].itemsize}"
+        if np.array_equal(arrays[name].view(bits), arrays[first].view(bits)):
+            arrays[name] = arrays[first]

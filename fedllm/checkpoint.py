@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128
 
 from aiordma import Outgoing, TensorError, prepare
-from fedllm.aggregate import Arrays
+from fedllm.aggregate import Arrays, tie, ties_of
 from fedllm.errors import CheckpointError, SettingError
 
 __all__ = ["Checkpoints", "load_checkpoint", "read_state", "save_checkpoint", "write_json"]
@@ -109,7 +109,8 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, name: str, like: Arrays
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The weights and the state that `save_checkpoint` wrote, in new arrays of the layout of `like`.
+    """The weights and the state that `save_checkpoint` wrote, in new arrays of the layout of `like`: what is tied
+    there is tied, if it was saved as the same.
 
     Raises `CheckpointError` for what is not there, is damaged, or has another layout.
     """
@@ -120,6 +121,7 @@ def load_checkpoint(
             check = _read_weights(file, weights)
         if check != document["xxh3_128"]:
             raise ValueError("its bytes are not those that were written")
+        tie(weights, ties_of(like))
         return weights, document["state"]
     except (OSError, ValueError, KeyError, TypeError, struct.error) as exc:
         raise _unread(folder, name, exc) from exc

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiordma import Chunk, Transfer
-from fedllm.aggregate import Arrays, check_layout, check_weight, check_weights
+from fedllm.aggregate import Arrays, check_layout, check_weight, check_weights, tie, ties_of
 from fedllm.errors import FedError, SettingError, StagingError, UpdateError, WeightsError
 from fedllm.fold import Flat, Reduction, check_finite, shares_of, weighted_mean
 from fedllm.memory import Memory, taken
@@ -66,7 +66,7 @@ class Staged:
         reduce: Reduction = weighted_mean,
         memory: Memory | None = None,
     ) -> None:
-        """`like` are the global weights; only their names, shapes and dtypes matter. Raises `WeightsError`.
+        """`like` are the global weights; only their names, shapes, dtypes and ties matter. Raises `WeightsError`.
 
         `folder`: where the files go, on a disk with room. `reduce`: what is made of the updates. `memory`: where
         that for updates comes from, one for all rounds; without it they are the system's again after each.
@@ -75,6 +75,7 @@ class Staged:
         if memory_bytes < 0:
             raise SettingError(f"memory_bytes must not be negative, and is {memory_bytes}")
         self._like: _Layout = {name: (array.shape, array.dtype) for name, array in like.items()}
+        self._ties = ties_of(like)
         self._nbytes = _place(self._like)[1]
         self._memory_bytes = memory_bytes
         self._folder = Path(folder)
@@ -119,10 +120,12 @@ class Staged:
         for name in self._like:
             rows = [update[name].reshape(-1) for update in updates]
             self._reduce(rows, shares, result[name].reshape(-1))
+        tie(result, self._ties)
         self._result = result
 
     def result(self) -> dict[str, NDArray[Any]]:
-        """The mean. Each call gives the same arrays."""
+        """The mean. Each call gives the same arrays; tensors that are tied in the global weights are one array, as
+        long as the silos send the same for them."""
         if self._result is None:
             raise FedError("commit() comes before result()")
         return self._result

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from aiordma import prepare
 from fedllm import CheckpointError, Checkpoints, SettingError
 from fedllm.checkpoint import load_checkpoint, read_state, save_checkpoint
-from tests.federation import weights_of
+from tests.federation import Weights, weights_of
 
 LIKE = weights_of(0)
 
@@ -52,6 +53,22 @@ def test_the_weights_are_what_safetensors_reads(tmp_path: Path):
     assert read["torch"].tolist() == [0, 1, 2]
     again, _ = load_checkpoint(tmp_path, "a", read)
     assert {n: a.tobytes() for n, a in again.items()} == {n: a.tobytes() for n, a in read.items()}
+
+
+def test_what_is_tied_comes_back_tied_if_it_is_still_the_same(tmp_path: Path):
+    table, other = np.arange(6, dtype=np.float32), np.arange(6, dtype=np.float16)
+    like: Weights = {"wte": table, "b": np.zeros(6), "head": table, "half": other, "0": other[:0]}
+    save_checkpoint(tmp_path, "a", {name: array + 1 for name, array in like.items()}, {})
+    weights, _ = load_checkpoint(tmp_path, "a", like)
+    assert list(weights) == list(like)
+    assert weights["wte"] is weights["head"]
+    assert prepare(weights).manifest == prepare(like).manifest
+    changed = {**like, "head": table.copy()}
+    changed["head"][5] = -0.0
+    save_checkpoint(tmp_path, "a", changed, {})
+    weights, _ = load_checkpoint(tmp_path, "a", like)
+    assert weights["wte"].tobytes() == changed["wte"].tobytes()
+    assert weights["head"].tobytes() == changed["head"].tobytes()
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):

@@ -78,6 +78,24 @@ def test_a_file_gives_the_bits_of_memory(memory_bytes: int, tmp_path: Path):
     assert descriptors() == before
 
 
+def test_what_is_tied_stays_tied_while_all_silos_agree():
+    """So it travels once in the next round as well."""
+    table = np.zeros(1000, np.float32)
+    tied: Update = {"wte": table, "head": table, "b": np.zeros(3, np.float16)}
+    for agrees in (True, False):
+        staged = Staged(tied)
+        for name, value in (("a", 1.0), ("b", 2.0)):
+            arrays = {key: array + array.dtype.type(value) for key, array in tied.items()}
+            arrays["head"][7] += not agrees
+            fill(staged.begin(name, 1.0), arrays)
+        staged.commit()
+        result = staged.result()
+        assert list(result) == list(tied)
+        assert (result["wte"] is result["head"]) == agrees
+        assert result["wte"].tolist() == [1.5] * 1000
+        assert result["head"][7] == 1.5 + (not agrees)
+
+
 def test_who_aborts_gives_its_memory_back(tmp_path: Path):
     staged = Staged(WEIGHTS, memory_bytes=ROOM_FOR_ONE, folder=tmp_path)
     first = staged.begin("a", 1.0)
