@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fedllm
@@ -25,6 +26,7 @@ from fedllm.demo.joining import JoinOptions, _assignment, _Silo
 from fedllm.demo.learner import Learner, prepare_learner
 from fedllm.demo.model import Base, load_base, train_tokenizer
 from fedllm.demo.serving import ServeOptions, _serve
+from tests.test_checkpoint import files_of_at_most
 
 ROOT = Path(__file__).parent.parent
 SILO = ["--name", "a", "--text", "docstrings"]
@@ -175,6 +177,36 @@ async def test_a_run_that_ends_early_leaves_the_model_that_it_has(
     assert wrote == [Wrote(what, str(federated))]
     for name, array in full_arrays(load_base(str(federated)).model).items():
         np.testing.assert_allclose(array, before[name] + rounds, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bytes_left", [0, 4096])
+async def test_a_disk_that_is_full_is_the_error_and_the_model_that_does_not_fit_is_told_of(
+    bytes_left: int, learner: Learner, tmp_path: Path
+):
+    stage = Stage(learner, tmp_path, rounds=3)
+    await stage.is_round_done.wait()
+    with files_of_at_most(bytes_left):
+        error = await stage.end()
+    assert isinstance(error, fedllm.CheckpointError)
+    assert "'round-000002' cannot be written" in str(error)
+    told = stage.heard[-1]
+    assert isinstance(told, Said)
+    assert f"the model cannot be written to {tmp_path / 'federated'}: " in told.text
+    assert "too large" in told.text
+    assert Checkpoints(tmp_path / "checkpoints").rounds() == [0, 1]
+
+
+async def test_a_model_that_does_not_fit_is_the_error_of_a_run_that_ended_well(
+    learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_room(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(learner.base.model, "save_pretrained", no_room)
+    stage = Stage(learner, tmp_path, rounds=3)
+    error = await stage.end()
+    assert isinstance(error, fedllm.CheckpointError)
+    assert f"the model cannot be written to {tmp_path / 'federated'}: No space left" in str(error)
 
 
 @pytest.mark.parametrize("aggregate", ["staged", "aligned"])

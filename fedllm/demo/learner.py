@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,7 @@ from fedllm.adapters import (
 )
 from fedllm.demo.model import Base
 from fedllm.demo.publish import publish
+from fedllm.errors import CheckpointError
 
 Mode = Literal["lora", "full"]
 MODES: tuple[Mode, ...] = ("lora", "full")
@@ -83,13 +85,19 @@ class Learner:
         return replace(self, keep_local=())
 
     def save(self, directory: Path) -> None:
-        """Write the adapter (peft's two files), or model and tokenizer as transformers does."""
-        with publish(directory) as part:
-            if isinstance(self.model, PeftModel):
-                save_lora(self.model, part)
-            else:
-                self.base.model.save_pretrained(part)
-                self.base.tokenizer.save_pretrained(part)
+        """Write the adapter (peft's two files), or model and tokenizer as transformers does.
+
+        Raises `CheckpointError`, and what was there before stays.
+        """
+        try:
+            with publish(directory) as part:
+                if isinstance(self.model, PeftModel):
+                    save_lora(self.model, part)
+                else:
+                    self.base.model.save_pretrained(part)
+                    self.base.tokenizer.save_pretrained(part)
+        except (OSError, SafetensorError) as exc:
+            raise CheckpointError(f"the model cannot be written to {directory}: {exc}") from exc
 
 
 def prepare_learner(

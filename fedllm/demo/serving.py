@@ -10,6 +10,7 @@ import msgspec
 from aiordma import ChannelError
 from fedllm import (
     Aligned,
+    CheckpointError,
     Checkpoints,
     EarlyStop,
     Evaluation,
@@ -112,8 +113,13 @@ async def _serve(options: ServeOptions, learner: Learner, report: Report) -> Non
         report(Listening(host, port))
         try:
             await server.run()
-        finally:
-            _save(options, learner, server, report)
+        except BaseException:
+            try:
+                _save(options, learner, server, report)
+            except CheckpointError as exc:  # the same full disk, say: what ended the run is raised
+                report(Said(str(exc)))
+            raise
+        _save(options, learner, server, report)
 
 
 def settings(options: ServeOptions) -> RunConfig:
