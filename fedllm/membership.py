@@ -164,15 +164,15 @@ class Membership:
             self._drop(member, str(exc), exc)
 
     async def _admit(self, channel: Channel) -> _Member | None:
-        name, is_final = channel.peer, True
+        name = channel.peer
         peer: Peer = channel
         try:
             async with asyncio.timeout(self._settings.join_timeout_s):
                 join = await channel.recv(Join)
             keys = frozenset({join.key})
             name = join.name
-            objection = await self._objection(join)
-            if not objection and join.shard is not None:
+            refusal = await self._refusal(join)
+            if refusal is None and join.shard is not None:
                 self._report(name, f"rank {join.shard.rank} of {join.shard.world} is there")
                 met = await self._assembly.meet(channel, join, join.shard)
                 if met is None:
@@ -181,38 +181,29 @@ class Membership:
                 peer.check(self._shapes)
         except TimeoutError:
             # The way there may be slow, or its processes were stopped.
-            objection, is_final = (
-                f"it did not say who it is within {self._settings.join_timeout_s:g} s",
-                False,
-            )
+            limit_s = self._settings.join_timeout_s
+            refusal = Refused(f"it did not say who it is within {limit_s:g} s", is_final=False)
         except MessageError as exc:
-            objection = f"this is no valid request to join: {exc}"
+            refusal = Refused(f"this is no valid request to join: {exc}")
         except SettingError as exc:
-            objection, is_final = (
-                str(exc),
-                False,
-            )  # of ranks that are not of one kind, some may be gone soon
+            # Of ranks that are not of one kind, some may be gone soon.
+            refusal = Refused(str(exc), is_final=False)
         except ChannelError as exc:
             self._report(name, f"refused: {exc}")
             return None
-        if objection:
-            self._report(name, f"refused: {objection}")
-            await peer.send(Refused(objection, is_final))
+        if refusal is not None:
+            self._report(name, f"refused: {refusal.reason}")
+            await peer.send(refusal)
             return None
         # No await since the name was found free: the rank that comes last waits for none.
         member = self._members[name] = _Member(name, keys, peer)
         self._left.discard(name)
         return member
 
-    async def _objection(self, join: Join) -> str:
-        """Why this silo is not wanted; empty if it is."""
-        difference = _difference(self._fingerprint, join.fingerprint)
-        if not difference and await self._is_taken(join):
-            return f"the name {join.name!r} is in use by a silo that is there"
-        return difference
-
-    async def _is_taken(self, join: Join) -> bool:
-        """Whether the name's silo is there, and is another one; if not, it is dropped."""
+    async def _refusal(self, join: Join) -> Refused | None:
+        """Why this silo is not wanted; None if it is. A silo of its name that is not there any more is dropped."""
+        if difference := _difference(self._fingerprint, join.fingerprint):
+            return Refused(difference)
         while (member := self._members.get(join.name)) is not None:
             if join.key and join.key in member.keys:
                 # What is left of it is a connection whose end was not seen here.
@@ -225,10 +216,14 @@ class Membership:
             except ChannelError as exc:
                 self._drop(member, str(exc), exc)
             except TimeoutError:
-                return True  # it may be training with the interpreter locked
+                return Refused(
+                    f"the name {join.name!r} is in use by a silo that has not answered for {PING_TIMEOUT_S:g} s: "
+                    "it may be gone, or train with its interpreter locked",
+                    is_final=False,
+                )
             else:
-                return True
-        return False
+                return Refused(f"the name {join.name!r} is in use by a silo that is there")
+        return None
 
     def _drop(self, member: _Member, why: str, error: Exception | None = None) -> None:
         if self._members.get(member.name) is member:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 import aiordma
-from fedllm import JoinRefused, ServerLost, SettingError
+from fedllm import Backoff, JoinRefused, ServerLost, SettingError
 from fedllm.messages import JOIN_ANSWER, Join, Refused
 from tests.federation import DEADLINE_S, FINGERPRINT, QUICK, Log, joining, raw, running, take_part
 
@@ -43,14 +43,52 @@ async def test_a_name_is_one_silos_as_long_as_it_is_there():
     log = Log()
     async with running(log, min_silos=2) as (address, run):
         first = await raw(address, "a")
-        with pytest.raises(JoinRefused, match="the name 'a' is in use by a silo that is there"):
+        taken = "the name 'a' is in use by a silo that is there"
+        with pytest.raises(JoinRefused, match=taken) as info:
             async with joining(address, "a"):
                 pass
+        assert info.value.is_final
         await first.aclose()
         again = asyncio.ensure_future(take_part(address, "a", 1))
         await log.until(lambda log: log.lines.count("a joined") == 2)
         await asyncio.gather(again, take_part(address, "b", 1), run)
     assert [report.accepted for report in again.result()[1]] == [True]
+
+
+async def test_a_silo_that_comes_back_while_its_old_connection_is_half_dead_gets_in_later(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Who does not answer may be gone, or hold its interpreter's lock: it keeps its name, for now."""
+    monkeypatch.setattr("fedllm.membership.PING_TIMEOUT_S", 0.02)
+    log, said = Log(), list[str]()
+    heard = asyncio.Event()
+
+    def hear(line: str) -> None:
+        said.append(line)
+        heard.set()
+
+    async def come_back(address: tuple[str, int]) -> None:
+        backoff = Backoff(first_s=0.01, most_s=0.01, patience_s=10.0)
+        async with joining(address, "a", backoff=backoff, on_event=hear) as silo:
+            async for task in silo.rounds():
+                assert (await task.submit(task.weights, weight=1)).accepted
+
+    async def old_one_ends(old: aiordma.Channel) -> None:
+        await heard.wait()
+        assert "the name 'a' is in use by a silo that has not answered for 0.02 s" in said[0]
+        assert "a joined" in log.lines
+        assert not any(line.startswith("a gone") for line in log.lines)
+        old._link._control.abort()
+
+    async with running(log, min_silos=2) as (address, run), asyncio.timeout(10):
+        async with await raw(address, "a") as old:
+            old._link._control._transport.pause_reading()  # type: ignore[attr-defined]
+            async with asyncio.TaskGroup() as group:
+                group.create_task(come_back(address))
+                group.create_task(old_one_ends(old))
+                group.create_task(take_part(address, "b", 1))
+                await run
+    assert log.lines.count("a joined") == 2
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "../a", "a\n"])
