@@ -28,7 +28,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from aiordma import Chunk, Manifest, Transfer, TransferTimeout, prepare
+from aiordma import (
+    ChannelError,
+    Chunk,
+    Manifest,
+    Transfer,
+    TransferError,
+    TransferTimeout,
+    prepare,
+)
 from fedllm.aggregate import Arrays, check_layout, check_weight, check_weights
 from fedllm.config import check_seconds
 from fedllm.errors import FedError, UpdateError, WeightsError
@@ -253,6 +261,10 @@ class AlignedContribution:
                     if chunk is None:
                         return True
                     self.take(chunk)
+            except (TransferError, ChannelError):
+                if self._stage is not _Stage.FOLDED:
+                    raise
+                return True  # what lacks was folded in an earlier attempt
             finally:
                 self._let_go()  # before the slots are the sender's again
 

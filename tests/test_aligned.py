@@ -201,6 +201,30 @@ async def test_what_comes_after_the_end_of_folding_is_too_late():
         playing.aligned.begin("c", 1.0)
 
 
+async def test_an_upload_that_fails_after_its_last_byte_was_folded_counts():
+    """It was repeated, and what lacks is what was folded the first time."""
+    silos, uplinks = two()
+    playing = Playing(silos, uplinks, Random(5))
+    await turns()
+    for uplink in uplinks.values():
+        uplink.deliver(0)
+    await turns()
+    assert playing.aligned.folded_bytes == 128
+    uplinks["b"].break_off()
+    await turns()
+    while not playing.acts["a"].done():
+        for name, on_slow_lanes in (("a", 0), ("b", 1)):
+            if len(uplinks[name].in_flight) > on_slow_lanes:
+                uplinks[name].deliver(on_slow_lanes)
+        await turns()
+    assert not playing.acts["b"].done()
+    playing.aligned.idle_timeout_s = 0.05
+    uplinks["b"].break_off()
+    await playing.acts["b"]
+    assert uplinks["b"].attempts == 2
+    assert committed(playing.aligned) == staged(silos)
+
+
 async def test_places_and_weights_are_checked_as_by_staged():
     aligned = Aligned(update(0))
     first = aligned.begin("a", 1.0)
