@@ -42,6 +42,7 @@ from fedllm.config import check_seconds
 from fedllm.errors import FedError, UpdateError, WeightsError
 from fedllm.fold import BLOCK_ITEMS, Flat, Reduction, check_finite, shares_of, weighted_mean
 from fedllm.memory import Memory, taken
+from fedllm.patience import patience
 
 __all__ = ["Aligned", "AlignedContribution"]
 
@@ -328,7 +329,7 @@ class AlignedContribution:
     async def _next(self, chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
         idle_s = self._owner.idle_timeout_s
         try:
-            async with asyncio.timeout(idle_s) as clock:
+            async with patience(idle_s) as clock:
                 return await anext(chunks, None)
         except TimeoutError as exc:
             if not clock.expired():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from random import Random
 from typing import Any
 
@@ -167,6 +168,26 @@ async def test_who_is_awaited_and_idle_is_out_and_the_others_begin_anew():
     assert playing.acts["a"].result() == 2
     assert playing.aligned.restarts == 1
     assert committed(playing.aligned) == staged({"a": silos["a"]})
+
+
+async def test_a_silo_is_not_idle_while_the_server_is_stopped():
+    """What it sent meanwhile is read only when the timers have had their turn."""
+    silos, uplinks = two()
+    playing = Playing(silos, uplinks, Random(6))
+    playing.aligned.idle_timeout_s = 0.05
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        time.sleep(0.1)
+        for uplink in uplinks.values():
+            loop.call_soon(uplink.deliver, 0)
+
+    loop.call_soon(stop)
+    await turns()
+    playing.aligned.idle_timeout_s = 10
+    await playing.finish()
+    assert [act.result() for act in playing.acts.values()] == [1, 1]
+    assert committed(playing.aligned) == staged(silos)
 
 
 async def test_nobody_sends_twice_for_who_falls_out_before_anything_was_folded():
