@@ -178,7 +178,10 @@ class Membership:
                 if met is None:
                     return None  # another rank has spoken for it
                 peer, keys = met
-                peer.check(self._shapes)
+                if misfit := peer.misfit(self._shapes):
+                    refusal = Refused(misfit)
+                else:
+                    peer.check(self._shapes)
         except TimeoutError:
             # The way there may be slow, or its processes were stopped.
             limit_s = self._settings.join_timeout_s

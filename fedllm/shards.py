@@ -58,21 +58,12 @@ class Shards:
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `SettingError`, naming the tensor, unless each row of weights of these shapes is uploaded by exactly
         one rank."""
+        if misfit := self.misfit(shapes):
+            raise SettingError(misfit)
         uploads: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
         for shard in self.shards:
-            for name, rows in shard.rows.items():
-                if name not in shapes:
-                    raise SettingError(
-                        f"rank {shard.rank} holds {name[:80]!r}, which is not among the weights"
-                    )
-                shape = shapes[name]
-                start, stop = (0, _height(shape)) if rows is None else rows
-                if not 0 <= start <= stop <= _height(shape) or (rows is not None and not shape):
-                    raise SettingError(
-                        f"rank {shard.rank} holds rows {start} to {stop} of {name!r}, which has shape {shape}"
-                    )
-                if name not in shard.replicas:
-                    uploads[name].append((start, stop))
+            for name in shard.rows.keys() - shard.replicas:
+                uploads[name].append(shard.rows[name] or (0, _height(shapes[name])))
         for name, parts in uploads.items():
             end = 0
             for start, stop in [*sorted(parts), (_height(shapes[name]),) * 2]:
@@ -81,6 +72,20 @@ class Shards:
                     low, high = sorted((start, end))
                     raise SettingError(f"{who} rows {low} to {high} of {name!r}")
                 end = stop
+
+    def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """What a rank holds that weights of these shapes do not have, whatever the others hold; empty if nothing."""
+        for shard in self.shards:
+            for name, rows in shard.rows.items():
+                if name not in shapes:
+                    return f"rank {shard.rank} holds {name[:80]!r}, which is not among the weights"
+                shape = shapes[name]
+                if rows is None:
+                    continue
+                start, stop = rows
+                if not shape or not 0 <= start <= stop <= shape[0]:
+                    return f"rank {shard.rank} holds rows {start} to {stop} of {name!r}, which has shape {shape}"
+        return ""
 
     def outgoing(self, weights: Arrays) -> list[Outgoing]:
         """What each rank gets of the weights. Raises `SettingError`; see `check`."""

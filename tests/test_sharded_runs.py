@@ -249,6 +249,8 @@ async def test_ranks_that_do_not_hold_the_weights_between_them_are_refused_all(c
     for one in refused:
         assert isinstance(one, JoinRefused)
         assert re.search(reason, one.reason)
+        # What lacks a rank's rows, another one may have; what a rank holds that there is not, it holds for ever.
+        assert one.is_final == (case in ("beyond", "backwards", "unknown"))
 
 
 async def test_a_late_rank_keeps_its_silo_out_until_it_has_caught_up():
