@@ -29,6 +29,14 @@ class Assembly:
     def __init__(self) -> None:
         self._waiting: list[_Waiting] = []
 
+    def check_free(self, name: str) -> None:
+        """Raise `SettingError` if ranks wait by this name: it is theirs, or the last of them would find it taken."""
+        waiting = [one.shard for one in self._waiting if one.join.name == name]
+        if waiting:
+            raise SettingError(
+                f"{name!r} is the name of ranks that wait here for others: rank {waiting[0].rank} of {waiting[0].world}"
+            )
+
     async def meet(
         self, channel: Channel, join: Join, shard: Shard
     ) -> tuple[Shards, frozenset[str]] | None:

@@ -172,7 +172,9 @@ class Membership:
             keys = frozenset({join.key})
             name = join.name
             refusal = await self._refusal(join)
-            if refusal is None and join.shard is not None:
+            if refusal is None and join.shard is None:
+                self._assembly.check_free(name)
+            elif refusal is None and join.shard is not None:
                 self._report(name, f"rank {join.shard.rank} of {join.shard.world} is there")
                 met = await self._assembly.meet(channel, join, join.shard)
                 if met is None:

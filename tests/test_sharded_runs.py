@@ -227,6 +227,18 @@ async def test_a_name_is_a_silos_whether_it_is_sharded_or_not():
         await asyncio.gather(*ranks, take_part(address, "shop", 1), run)
 
 
+async def test_a_name_is_its_ranks_as_soon_as_one_of_them_waits():
+    log = Log()
+    async with running(log) as (address, run), asyncio.timeout(10):
+        waiting = asyncio.ensure_future(rank(address, TWO[0], 4))
+        await log.has("bank rank 0 of 2 is there")
+        with pytest.raises(JoinRefused, match="'bank' is the name of ranks that wait") as info:
+            await take_part(address, "bank", 1)
+        assert not info.value.is_final
+        await asyncio.gather(waiting, rank(address, TWO[1], 4), run)
+    assert log.lines.count("bank joined") == 1
+
+
 PARTS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a gap": ([{"w": (0, 2), "b": None}, {"w": (3, 5)}], "no rank uploads rows 2 to 3 of 'w'"),
     "an end": ([{"w": (0, 2), "b": None}, {"w": (2, 4)}], "no rank uploads rows 4 to 5 of 'w'"),
