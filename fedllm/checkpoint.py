@@ -95,7 +95,7 @@ def save_checkpoint(
     file = f"{name}.{secrets.token_hex(4)}.safetensors"
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             check = _replace(folder / file, lambda out: _write_weights(out, weights))
             document = {"weights": file, "xxh3_128": check, "state": dict(state)}
             written = write_json(folder, name, document)
@@ -251,6 +251,14 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, on the disk, unless they are there."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
 
 
 def _remove(folder: Path, name: str) -> None:

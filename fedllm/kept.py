@@ -18,7 +18,13 @@ from xxhash import xxh3_128
 
 from aiordma import prepare
 from fedllm.aggregate import Arrays
-from fedllm.checkpoint import load_checkpoint, read_state, save_checkpoint, write_json
+from fedllm.checkpoint import (
+    load_checkpoint,
+    make_folder,
+    read_state,
+    save_checkpoint,
+    write_json,
+)
 from fedllm.errors import CheckpointError
 from fedllm.messages import Ready, Task
 
@@ -48,7 +54,7 @@ class Kept:
         """The silo's key: drawn once, the same ever after. Raises `CheckpointError`."""
         name = f"key-{self._silo}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             if (self._folder / f"{name}.json").exists():
                 return str(read_state(self._folder, name)["key"])
             key = secrets.token_hex(16)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from aiordma import prepare
 from fedllm import CheckpointError, Checkpoints, SettingError
 from fedllm.checkpoint import load_checkpoint, read_state, save_checkpoint
+from fedllm.kept import Kept
 from tests.federation import Weights, weights_of
 
 LIKE = weights_of(0)
@@ -222,3 +223,20 @@ def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pyte
     Checkpoints(tmp_path).save(1, weights_of(1), {})
     steps = [[kind, f"rename {kind}", "folder"] for kind in (".safetensors", ".json")]
     assert done == [*steps[0], *steps[1]]
+
+
+def test_a_new_folder_is_on_the_disk_with_all_its_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flushed: list[Path] = []
+
+    def fsync(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    folder = tmp_path / "run" / "checkpoints"
+    Checkpoints(folder).save(1, weights_of(1), {})
+    assert [path for path in flushed if path in folder.parents] == [tmp_path, tmp_path / "run"]
+    Checkpoints(folder).save(2, weights_of(1), {})
+    Kept(tmp_path / "kept", "a").key()
+    assert [path for path in flushed if path in folder.parents][2:] == [tmp_path]

@@ -20,6 +20,7 @@ from fedllm import (
     RunConfig,
     Staged,
 )
+from fedllm.checkpoint import make_folder
 from fedllm.demo.events import Listening, Report, RoundDone, Said, SiloRow, Wrote
 from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import load_base, silence
@@ -65,7 +66,7 @@ def serve(options: ServeOptions, report: Report) -> None:
     learner = prepare_learner(
         load_base(options.base), options.mode, seed=options.seed, keep_local=options.keep_local
     )
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     run_interruptibly(_serve(options, learner, report))
 
 
