@@ -296,7 +296,8 @@ class Membership:
                 self._drop(member, f"without the last word: {exc}", exc)
             else:
                 expected.discard(member.name)
-                self._report(member.name, f"gone without the final weights: {exc}")
+                why = str(exc) or f"it read nothing for {FINAL_SILENCE_S:g} s"
+                self._report(member.name, f"gone without the final weights: {why}")
         self._changed.set()
 
 

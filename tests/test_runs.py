@@ -1,11 +1,14 @@
 """A run of rounds, seen from the server: who takes part, who is late, who dies and comes back, how it ends."""
 
 import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import aiordma
 from fedllm import (
     EarlyStop,
     Federation,
@@ -19,8 +22,18 @@ from fedllm import (
     Status,
     WeightsError,
 )
-from fedllm.messages import FROM_SERVER
-from tests.federation import DEADLINE_S, Log, raw, running, take_part, weights_of
+from fedllm.messages import FROM_SERVER, Join
+from tests.federation import (
+    DEADLINE_S,
+    FINGERPRINT,
+    QUICK,
+    Log,
+    joining,
+    raw,
+    running,
+    take_part,
+    weights_of,
+)
 
 pytestmark = pytest.mark.usefixtures("loop_kind", "no_leaks")
 
@@ -94,6 +107,27 @@ async def test_who_is_late_at_the_end_hears_that_the_run_is_over():
         silo, reports = await slow
     assert [report.accepted for report in reports] == [False]
     assert silo.final is None
+
+
+async def test_an_end_waits_for_who_takes_nothing_no_longer_than_it_should(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("fedllm.membership.FINAL_SILENCE_S", DEADLINE_S)
+    log = Log()
+    async with running(log) as (address, run), AsyncExitStack() as stack, asyncio.timeout(10):
+        async with joining(address, "a") as silo:
+            async for task in silo.rounds():
+                no_room = replace(QUICK, messages=1)  # which its welcome takes
+                deaf = await stack.enter_async_context(aiordma.connect(*address, config=no_room))
+                await deaf.send(Join("deaf", FINGERPRINT))
+                full = await stack.enter_async_context(await raw(address, "full"))
+                await log.has("deaf joined")
+                assert (await task.submit(task.weights, weight=1)).accepted
+        await run
+        assert (await full.recv(FROM_SERVER)).has_weights
+    assert silo.final is not None
+    assert "deaf gone without the final weights: it read nothing for 0.3 s" in log.lines
+    assert "full gone without the final weights: it took nothing for 0.3 s" in log.lines
 
 
 async def test_a_round_that_lost_a_silo_is_tried_again_when_it_is_back():
