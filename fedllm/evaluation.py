@@ -12,7 +12,7 @@ from fedllm.aggregate import Arrays
 from fedllm.config import check_seconds
 from fedllm.messages import Task, check_arguments
 from fedllm.participation import Outcome, Status, ask
-from fedllm.rounds import mean_metrics
+from fedllm.rounds import committed, mean_metrics
 from fedllm.shards import Peer, Shards
 
 __all__ = ["Evaluation", "run_evaluation"]
@@ -71,6 +71,6 @@ async def run_evaluation(
     return Evaluation(
         round=round,
         outcomes=outcomes,
-        metrics=mean_metrics(outcomes),
+        metrics=mean_metrics(committed(outcomes)),
         seconds=loop.time() - started,
     )

@@ -21,9 +21,9 @@ from fedllm.errors import CheckpointError, FedError, QuorumNotReached
 from fedllm.evaluation import Evaluation, run_evaluation
 from fedllm.history import History, Progress, RoundRecord, State
 from fedllm.membership import Membership, choose
-from fedllm.messages import check_arguments
+from fedllm.messages import Ready, check_arguments
 from fedllm.participation import Outcome, Status
-from fedllm.rounds import RoundResult, run_round
+from fedllm.rounds import RoundResult, mean_metrics, run_round
 from fedllm.strategy import FedAvg, Strategy
 from fedllm.threads import finish_in_thread
 
@@ -168,7 +168,7 @@ class Federation:
         """
         if self._serving is not None:
             raise FedError("the server listens already")
-        await self._save()
+        await self._save(self._weights, self._progress)
         self._serving = await aiordma.serve(
             self._members.serve, host, port, config=self._config, insecure=insecure
         )
@@ -182,9 +182,9 @@ class Federation:
         A round that lost its quorum is tried again with the same weights: because silos died, once the quorum is
         there again; because of other faults, as long as there is a quorum without silos that failed twice. Raises
         `QuorumNotReached` when there is none, or when the silos stay away for `absence_timeout_s`; the silos are
-        told. Raises `CheckpointError` when a round cannot be saved; the silos are not told, and come back to
-        whoever resumes. Cancelled, it closes the channels and leaves nothing behind. What the run had come to is
-        `history`; run again, it goes on from there.
+        told. Raises `CheckpointError` when a round cannot be saved: it does not count, the silos are told so, and come
+        back to whoever resumes. Cancelled, it closes the channels and leaves nothing behind. What the run had come
+        to is `history`; run again, it goes on from there.
         """
         try:
             if self._serving is None:
@@ -224,10 +224,7 @@ class Federation:
             await self._members.gather(self._settings.expect or self._settings.min_silos)
         while not self._is_over():
             result = await self._succeed()
-            self._weights = result.weights
             self._records.append(RoundRecord.of(result))
-            self._go_on_from(self._after(result))
-            await self._save()
             await _call(self._on_round, result)
             await self._evaluate()
 
@@ -237,12 +234,20 @@ class Federation:
             stop is not None and stop.is_due(self._progress.figures)
         )
 
-    def _after(self, result: RoundResult) -> Progress:
-        committed = (n for n, o in result.outcomes.items() if o.status is Status.COMMITTED)
+    async def _take_over(self, weights: Arrays, reports: Mapping[str, Ready]) -> None:
+        """Save a round's new weights, of which nobody has heard yet, and go on from there."""
         figures = self._progress.figures
         if self._settings.evaluate_every is None:
-            figures += self._figure(result.metrics)
-        return replace(self._progress, round=result.round, cohort=tuple(committed), figures=figures)
+            figures += self._figure(mean_metrics(reports.values()))
+        progress = replace(
+            self._progress,
+            round=self._progress.round + 1,
+            cohort=tuple(reports),
+            figures=figures,
+        )
+        await self._save(weights, progress)
+        self._weights = weights
+        self._go_on_from(progress)
 
     def _figure(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         stop = self._settings.stop
@@ -252,12 +257,12 @@ class Federation:
         self._progress = progress
         self._members.round = progress.round + 1
 
-    async def _save(self) -> None:
+    async def _save(self, weights: Arrays, progress: Progress) -> None:
         """Save how far the run has come, unless that is saved; and, if they are new, the weights.
 
         Cancelled, it finishes first.
         """
-        checkpoints, progress = self._checkpoints, self._progress
+        checkpoints = self._checkpoints
         if checkpoints is None or self._saved == progress:
             return
         if self._saved is None and (rounds := await asyncio.to_thread(checkpoints.rounds)):
@@ -272,7 +277,7 @@ class Federation:
             if self._saved is not None and self._saved.round == progress.round:
                 checkpoints.amend(progress.round, state)
             else:
-                checkpoints.save(progress.round, self._weights, state)
+                checkpoints.save(progress.round, weights, state)
             self._saved = progress
 
         await finish_in_thread(save)
@@ -295,6 +300,7 @@ class Federation:
                     train_deadline_s=settings.train_deadline_s,
                     upload_deadline_s=settings.upload_deadline_s,
                     arguments=self._arguments,
+                    before_commit=self._take_over,
                 )
             except QuorumNotReached as exc:
                 self._members.settle(asked, exc.outcomes)
@@ -340,7 +346,7 @@ class Federation:
         self._members.settle(asked, evaluation.outcomes)
         figures = self._progress.figures + self._figure(evaluation.metrics)
         self._progress = replace(self._progress, evaluated=round, figures=figures)
-        await self._save()
+        await self._save(self._weights, self._progress)
         await _call(self._on_evaluation, evaluation)
 
 

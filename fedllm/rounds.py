@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import enum
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -27,7 +27,12 @@ from fedllm.participation import Outcome, Status, exchange, tell, without_traceb
 from fedllm.shards import Peer, Shards
 from fedllm.strategy import Strategy
 
-__all__ = ["RoundResult", "run_round"]
+__all__ = ["BeforeCommit", "RoundResult", "run_round"]
+
+BeforeCommit: TypeAlias = Callable[
+    [Mapping[str, NDArray[Any]], Mapping[str, Ready]], Awaitable[object]
+]
+"""Is given the new weights, and what those reported whose updates are in them, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +59,15 @@ async def run_round(
     train_deadline_s: float | None = None,
     upload_deadline_s: float | None = None,
     arguments: Mapping[str, object] | None = None,
+    before_commit: BeforeCommit | None = None,
 ) -> RoundResult:
     """One round with the silos behind `channels`, by name; `weights` are not changed. Sharded silos have `Shards`.
 
     From the task to READY it may take `train_deadline_s`, and from there to the whole update `upload_deadline_s`; if
     all have to upload once more because a silo fell out (`Aligned`), the second begins anew.
     `arguments` reach the silos' training as they are: anything that msgspec encodes. The result does not
-    depend on the order in which anything arrives.
+    depend on the order in which anything arrives. `before_commit` is awaited before any silo hears that its update
+    counts, to save the new weights, say: what it raises is raised here, and the silos are told that none counts.
 
     Raises `QuorumNotReached`, with the outcomes, as soon as fewer than `min_silos` can be committed; all silos
     are told. Raises `WeightsError` or `aiordma.TensorError` for weights that cannot be averaged or sent, and
@@ -74,7 +81,7 @@ async def run_round(
             check_seconds(f"{name}_deadline_s", seconds)
     task = Task(round, secrets.randbits(63), check_arguments(arguments or {}))
     leading = _Round(channels, weights, task, strategy, min_silos)
-    return await leading.run(train_deadline_s, upload_deadline_s)
+    return await leading.run(train_deadline_s, upload_deadline_s, before_commit)
 
 
 class _At(enum.Enum):
@@ -90,6 +97,7 @@ class _Place:
     def __init__(self, name: str, round_: _Round) -> None:
         self.at = _At.TRAINING
         self.contribution: Contribution | None = None
+        self.report: Ready | None = None
         self._name = name
         self._round = round_
 
@@ -98,6 +106,7 @@ class _Place:
         return self._round.task
 
     async def ready(self, report: Ready) -> Contribution:
+        self.report = report
         weight = self._round.strategy.weight(report.weight)
         with contextlib.ExitStack() as undo:
             # Before the gate: no upload is asked for until all of the cohort have begun.
@@ -153,7 +162,9 @@ class _Round:
         if self._abandoned is not None:
             raise RoundAbandoned(self._abandoned)
 
-    async def run(self, train_s: float | None, upload_s: float | None) -> RoundResult:
+    async def run(
+        self, train_s: float | None, upload_s: float | None, before_commit: BeforeCommit | None
+    ) -> RoundResult:
         """Do it all; see `run_round`."""
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -174,8 +185,14 @@ class _Round:
                 await self._phase(_At.UPLOADING, upload_s)
             if self._abandoned is None:
                 weights = await asyncio.to_thread(self._fold)
-            self.folded.set()
-            outcomes = {name: await task for name, task in self._exchanges.items()}
+                try:
+                    if before_commit is not None:
+                        await before_commit(weights, self._reports())
+                except Exception:
+                    self._abandoned = f"round {self.task.round}: the server could not finish it"
+                    await self._end()
+                    raise
+            outcomes = await self._end()
         finally:
             await _cancel(self._exchanges.values())
             # They know this round, a circle: it would hold whole models until the collector comes by.
@@ -186,9 +203,19 @@ class _Round:
             round=self.task.round,
             weights=weights,
             outcomes=outcomes,
-            metrics=mean_metrics(outcomes),
+            metrics=mean_metrics(committed(outcomes)),
             seconds=loop.time() - started,
         )
+
+    def _reports(self) -> dict[str, Ready]:
+        """Of those whose updates are folded."""
+        places = ((name, self._places[name]) for name in self._under_way(_At.WAITING))
+        return {name: place.report for name, place in places if place.report is not None}
+
+    async def _end(self) -> dict[str, Outcome]:
+        """Tell all silos; what became of them."""
+        self.folded.set()
+        return {name: await task for name, task in self._exchanges.items()}
 
     def _fold(self) -> dict[str, NDArray[Any]]:
         self.aggregation.commit()
@@ -260,14 +287,18 @@ async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*cancelled, return_exceptions=True)
 
 
-def mean_metrics(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """Of what all the committed report, by their shares of the reported weights; empty if nobody is."""
-    committed = [o for o in outcomes.values() if o.status is Status.COMMITTED]
-    if not committed:
+def committed(outcomes: Mapping[str, Outcome]) -> list[Outcome]:
+    """Of the committed silos, in the order of the names."""
+    return [one for one in outcomes.values() if one.status is Status.COMMITTED]
+
+
+def mean_metrics(reports: Collection[Ready | Outcome]) -> dict[str, float]:
+    """Of what all of them report, by their shares of the reported weights; empty if there are none."""
+    if not reports:
         return {}
-    shared = set.intersection(*(set(o.metrics) for o in committed))
-    shares = shares_of([o.weight for o in committed])
+    shared = set.intersection(*(set(one.metrics) for one in reports))
+    shares = shares_of([one.weight for one in reports])
     return {
-        key: sum(share * o.metrics[key] for share, o in zip(shares, committed, strict=True))
+        key: sum(share * one.metrics[key] for share, one in zip(shares, reports, strict=True))
         for key in sorted(shared)
     }

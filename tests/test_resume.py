@@ -361,10 +361,12 @@ async def test_a_disk_that_is_full_ends_the_server_and_not_the_run(tmp_path: Pat
         with files_of_at_most(0), pytest.raises(CheckpointError, match="File too large"):
             await run
         assert checkpoints.rounds() == [0]
-        assert server.history.weights["w"][0, 0] == 1
-        history = await server.run(*address)  # its round is not lost, and saved first
+        assert server.round == 0
+        assert server.history.weights["w"][0, 0] == 0
+        history = await server.run(*address)
         await asyncio.gather(*tasks)
-    assert worker.trained == [1, 2]
+    assert worker.trained == [1, 1, 2]
+    assert worker.refusals == ["round 1: the server could not finish it"]
     assert history.weights["w"][0, 0] == 2
     assert checkpoints.rounds() == [0, 1, 2]
 

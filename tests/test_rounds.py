@@ -183,6 +183,37 @@ async def test_a_round_without_silos_has_no_quorum():
             await run_round({}, WEIGHTS, round=1, strategy=strategy(), **options)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_nobody_hears_of_a_round_before_it_is_saved(fails: bool):
+    told: list[Report] = []
+
+    async def note(behaviour: Behaviour, channel: Channel) -> None:
+        told.append(await behaviour(channel))
+
+    async def save(weights: Any, reports: Any) -> None:
+        assert bits(weights) == TWO
+        assert {name: one.weight for name, one in reports.items()} == {"a": 1.0, "b": 2.0}
+        for silo in ends[1].values():
+            await silo.ping()  # what was said before is there
+        assert told == []
+        if fails:
+            raise OSError("no space left")
+
+    behaviours: dict[str, Behaviour] = {
+        "a": partial(note, takes_part(A)),
+        "b": partial(note, takes_part(B, weight=2.0)),
+        "c": takes_part(changed(w=NAN)),
+    }
+    async with pairs(*behaviours) as ends:
+        if fails:
+            with pytest.raises(OSError, match="no space left"):
+                await play(behaviours, ends=ends, before_commit=save)
+            assert {one.reason for one in told} == {"round 1: the server could not finish it"}
+        else:
+            await play(behaviours, ends=ends, before_commit=save)
+    assert [one.accepted for one in told] == [not fails] * 2
+
+
 async def reach_nothing(channel: Channel) -> None:
     pass
 

@@ -37,6 +37,7 @@ SILOS: Final = ("a", "b", "c")
 ROUNDS: Final = 12
 TYPED: Final = 3
 """Exit code of a part that ends with an error of aiordma's or fedllm's own."""
+ACCEPTED: Final = "accepted in round "
 LIMIT_S: Final = 90.0
 """A run that takes longer hangs."""
 
@@ -97,7 +98,8 @@ async def take_part(port: int, name: str, keep: Path | None) -> str:
     ) as silo:
         async for task in silo.rounds():
             update = await asyncio.to_thread(fit, task.weights, name, task.round)
-            await task.submit(update, weight=1)
+            if (await task.submit(update, weight=1)).accepted:
+                log(f"{ACCEPTED}{task.round}")
         assert silo.final is not None
         return digest(silo.final)
 
@@ -219,6 +221,10 @@ def check_rounds(folder: Path, quorum: int) -> int:
 def check(ending: Ending, folder: Path, quorum: int, undisturbed: str) -> None:
     """What must be true of a run, whoever was killed when."""
     rounds = check_rounds(folder, quorum)
+    for silo in SILOS:
+        lines = (folder / f"{silo}.log").read_text().splitlines()
+        accepted = [line.partition(ACCEPTED)[2] for line in lines if ACCEPTED in line]
+        assert len(accepted) == len(set(accepted)), (silo, accepted)
     is_whole = len(ending.server) == 8
     if quorum == len(SILOS):
         assert ending.server == undisturbed, ending
