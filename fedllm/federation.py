@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 
@@ -26,14 +25,12 @@ from fedllm.participation import Outcome, Status
 from fedllm.rounds import RoundResult, mean_metrics, run_round
 from fedllm.strategy import FedAvg, Strategy
 from fedllm.threads import finish_in_thread
+from fedllm.tries import Tries
 
 __all__ = ["Federation"]
 
 T = TypeVar("T")
 Hook = Callable[[T], Awaitable[object] | object]
-
-MAX_FAULTS: Final = 2
-"""A silo that fails so often in tries of one round, through no fault of its connection, is out for that round."""
 
 
 class Federation:
@@ -73,8 +70,8 @@ class Federation:
         succeeded and is saved, and each evaluation; a server that dies just before has not called them, and one that
         resumes does not call them again. `on_silo` is called with a silo's name, or the address of one that has none,
         and what became of it: "rank 0 of 2 is there" (if it is sharded), "joined", "refused: ...",
-        "caught up" (it was late), "gone: ...". What they raise ends
-        the run, or that silo's membership.
+        "caught up" (it was late), "gone: ...", and, of a try that lost its quorum, "refused in round 3: ..." or the
+        like. What they raise ends the run, or that silo's membership.
 
         Raises `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such that cannot be
         sent, `SettingError` for arguments that no silo can be told.
@@ -90,8 +87,9 @@ class Federation:
         self._checkpoints = checkpoints
         self._on_round = on_round
         self._on_evaluation = on_evaluation
+        self._on_silo = on_silo
         self._config = config
-        self._members = Membership(settings, fingerprint, self._weights, on_silo)
+        self._members = Membership(settings, fingerprint, self._weights, self._report)
         self._records: list[RoundRecord] = []
         self._progress = Progress()
         self._saved: Progress | None = None
@@ -179,9 +177,10 @@ class Federation:
     ) -> History:
         """Start unless that was done, run all rounds, send the final weights and say goodbye, close.
 
-        A round that lost its quorum is tried again with the same weights: because silos died, once the quorum is
-        there again; because of other faults, as long as there is a quorum without silos that failed twice. Raises
-        `QuorumNotReached` when there is none, or when the silos stay away for `absence_timeout_s`; the silos are
+        A round that lost its quorum is tried again with the same weights, once a quorum is there again that is free.
+        Who is late, stalls, or sends what cannot be averaged in two tries is out for the round; whose connection
+        broke in two is asked only if there is no quorum of others, after pauses that double. Raises
+        `QuorumNotReached` when too few are left, or when the silos stay away for `absence_timeout_s`; the silos are
         told. Raises `CheckpointError` when a round cannot be saved: it does not count, the silos are told so, and come
         back to whoever resumes. Cancelled, it closes the channels and leaves nothing behind. What the run had come
         to is `history`; run again, it goes on from there.
@@ -285,10 +284,9 @@ class Federation:
     async def _succeed(self) -> RoundResult:
         """One round, tried until it has its quorum."""
         settings, number = self._settings, self._progress.round + 1
-        faults: Counter[str] = Counter()
+        tries = Tries(settings.min_silos)
         while True:
-            out = {name for name, count in faults.items() if count >= MAX_FAULTS}
-            free = await self._members.gather(settings.min_silos, but=out)
+            free = await self._members.gather(settings.min_silos, tries.worth_asking)
             asked = {name: free[name] for name in self._choose(free)}
             try:
                 result = await run_round(
@@ -304,21 +302,27 @@ class Federation:
                 )
             except QuorumNotReached as exc:
                 self._members.settle(asked, exc.outcomes)
-                if not self._can_try_again(exc.outcomes, faults):
+                self._tell_faults(number, exc.outcomes)
+                tries.note(exc.outcomes)
+                # Who is late catches up, and who died may come back: both are worth waiting for.
+                there = {*self._members.names, *asked}
+                if tries.is_hopeless(there):
                     raise
+                await asyncio.sleep(tries.pause_s(there))
             else:
                 self._members.settle(asked, result.outcomes)
                 return result
 
-    def _can_try_again(self, outcomes: Mapping[str, Outcome], faults: Counter[str]) -> bool:
-        """Whether the round may have its quorum the next time; counts the faults of this time."""
-        broken = {n for n, o in outcomes.items() if isinstance(o.error, ChannelError)}
-        own = (Status.REFUSED, Status.FAILED, Status.LATE)
-        faults.update(n for n, o in outcomes.items() if o.status in own and n not in broken)
-        out = {name for name, count in faults.items() if count >= MAX_FAULTS}
-        # Whose connection broke may come back, and is worth waiting for; who is late is not, alone.
-        there = {*self._members.names, *broken} if broken else set(self._members.free())
-        return len(there - out) >= self._settings.min_silos
+    def _tell_faults(self, round: int, outcomes: Mapping[str, Outcome]) -> None:
+        """What no `on_round` will tell; of those whose channel broke the membership does."""
+        for name, outcome in outcomes.items():
+            is_told = isinstance(outcome.error, ChannelError)
+            if outcome.status is not Status.ABANDONED and not is_told:
+                self._report(name, f"{outcome.status} in round {round}: {outcome.reason}")
+
+    def _report(self, name: str, what: str) -> None:
+        if self._on_silo is not None:
+            self._on_silo(name, what)
 
     def _choose(self, free: Collection[str]) -> list[str]:
         settings = self._settings

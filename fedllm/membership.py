@@ -8,7 +8,7 @@ import math
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 from aiordma import (
     AiordmaError,
@@ -31,6 +31,8 @@ __all__ = ["Membership", "choose"]
 
 FINAL_SILENCE_S: Final = 30.0
 """A silo that takes nothing for so long at the end of a run does not get the final weights."""
+Wanted: TypeAlias = Callable[[Collection[str]], Collection[str]]
+"""Who of the members, by name, may be asked."""
 PING_TIMEOUT_S: Final = 3.0
 """How long to ask a member whether it is there, when another silo wants its name."""
 
@@ -99,34 +101,39 @@ class Membership:
         """The members, sorted."""
         return tuple(sorted(self._members))
 
-    def free(self, but: Collection[str] = ()) -> dict[str, Peer]:
-        """The members that could take part in a round now, `but` some."""
+    def free(self) -> dict[str, Peer]:
+        """The members that could take part in a round now."""
         for member in list(self._members.values()):
             if member.channel.is_closed:
                 self._drop(member, "its channel was closed")
         return {
             name: member.channel
             for name, member in self._members.items()
-            if member.is_welcome and not member.is_busy and name not in but
+            if member.is_welcome and not member.is_busy
         }
 
-    async def gather(self, count: int, but: Collection[str] = ()) -> dict[str, Peer]:
-        """Those that are free, once there are so many.
+    async def gather(self, count: int, wanted: Wanted = lambda names: names) -> dict[str, Peer]:
+        """Those that are free, of the members that are `wanted`, once there are so many.
 
         Raises `QuorumNotReached` after `absence_timeout_s`.
         """
         limit_s = self._settings.absence_timeout_s
+        free: dict[str, Peer] = {}
         try:
             async with asyncio.timeout(limit_s):
-                while len(free := self.free(but)) < count:
+                while True:
+                    free = self.free()
+                    those = wanted(self._members)
+                    free = {name: peer for name, peer in free.items() if name in those}
+                    if len(free) >= count:
+                        return free
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError as exc:
             raise QuorumNotReached(
-                f"round {self.round}: {len(self.free(but))} silos were there within "
+                f"round {self.round}: {len(free)} silos were there within "
                 f"{limit_s} s, and {count} are needed"
             ) from exc
-        return free
 
     def settle(self, asked: Mapping[str, Peer], outcomes: Mapping[str, Outcome]) -> None:
         """Take note of what became of the silos that were asked something, over these channels."""

@@ -124,7 +124,8 @@ ROOMS: Mapping[str, str] = {
     "fedllm.history": "fedllm.participation fedllm.rounds",
     "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly",
     "fedllm.federation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
-    " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint fedllm.threads",
+    " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint fedllm.threads fedllm.tries",
+    "fedllm.tries": "aiordma aiordma.errors fedllm.participation",
     "fedllm.backoff": "fedllm.errors fedllm.config",
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
     "fedllm.policy": "fedllm.errors fedllm.messages",

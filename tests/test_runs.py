@@ -178,16 +178,38 @@ async def test_a_run_whose_silos_stay_away_fails_and_says_so():
             await run
 
 
-async def test_a_run_whose_silos_are_all_late_fails_and_says_so():
-    gate = asyncio.Event()
-    async with running(Log(), train_deadline_s=DEADLINE_S) as (address, run):
-        slow = asyncio.ensure_future(take_part(address, "slow", 1, gate=gate))
+async def test_a_round_whose_quorum_was_late_once_is_tried_again_when_it_has_caught_up():
+    log, gate = Log(), asyncio.Event()
+
+    async def let_go() -> None:
+        await log.has("slow late in round 1: READY did not come within 0.3 s")
+        gate.set()
+
+    options = {"min_silos": 2, "train_deadline_s": DEADLINE_S}
+    async with running(log, **options) as (address, run), asyncio.timeout(10):
+        slow = take_part(address, "slow", 1, gate=gate)
+        (_, reports), *_ = await asyncio.gather(slow, take_part(address, "b", 1), run, let_go())
+    assert [report.accepted for report in reports] == [False, True]
+    assert log.lines.count("slow caught up") == 1
+
+
+async def test_a_run_whose_silos_are_late_twice_fails_and_says_so():
+    log, tasks = Log(), list[int]()
+
+    async def be_late(address: tuple[str, int]) -> None:
+        async with joining(address, "slow") as silo:
+            async for task in silo.rounds():
+                tasks.append(task.round)
+                await log.until(lambda log: sum("late" in x for x in log.lines) == len(tasks))
+
+    async with running(log, train_deadline_s=DEADLINE_S) as (address, run), asyncio.timeout(10):
+        slow = asyncio.ensure_future(be_late(address))
         with pytest.raises(QuorumNotReached, match="0 of 1 silos are left") as info:
             await run
-        gate.set()
         with pytest.raises(RunFailed, match="0 of 1 silos are left"):
             await slow
     assert info.value.outcomes["slow"].status is Status.LATE
+    assert tasks == [1, 1]
 
 
 async def test_settings_that_cannot_work_are_refused_at_once():
