@@ -12,11 +12,11 @@ import msgspec
 from numpy.typing import NDArray
 
 from aiordma import Channel, ChannelError, MessageError, Outgoing, Transfer, TransferError
+from fedllm.door import turn_away
 from fedllm.errors import ServerLost
 from fedllm.journal import Journal
 from fedllm.memory import Memory
 from fedllm.messages import FROM_SERVER, Commit, Decline, Ready, ServerMessage, is_for
-from fedllm.participation import turn_away
 from fedllm.policy import Policy
 
 __all__ = ["Conversation", "server_lost"]

@@ -12,9 +12,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from aiordma import (
     AiordmaError,
-    Busy,
     Channel,
-    ChannelClosed,
     ChannelError,
     ChecksumError,
     MessageError,
@@ -24,8 +22,9 @@ from aiordma import (
     TransferTimeout,
 )
 from fedllm.aggregate import Contribution, check_weight
+from fedllm.door import Door, turn_away
 from fedllm.errors import RoundAbandoned, StagingError, UpdateError
-from fedllm.messages import FROM_SILO, Begin, Commit, Decline, Ready, Task, Upload, is_for
+from fedllm.messages import FROM_SILO, Begin, Commit, Decline, Ready, Task, Upload
 
 __all__ = [
     "Outcome",
@@ -37,7 +36,6 @@ __all__ = [
     "ask",
     "exchange",
     "tell",
-    "turn_away",
 ]
 
 UPLOAD_ATTEMPTS: Final = 2
@@ -72,7 +70,8 @@ class Outcome:
 
     status: Status
     reason: str = ""
-    """Why, for a person; also set if a committed silo died before it heard of the commit."""
+    """Why, for a person; also set if a committed silo died before it heard of the commit, or uploaded what nobody had
+    asked for, which was turned away."""
     error: Exception | None = None
     """The cause, without its traceback, whose frames would keep whole models alive."""
     weight: float | None = None
@@ -129,6 +128,7 @@ class Participation(Protocol):
 class _Record:
     """What is known of an exchange so far."""
 
+    door: Door
     doing: str = "sending the weights"
     report: Ready | None = None
     sent_bytes: int = 0
@@ -139,9 +139,10 @@ class _Record:
     def outcome(self, status: Status, error: Exception | None, unanswered: int | None) -> Outcome:
         """What it amounts to, now that the exchange is over."""
         report = self.report
+        reasons = (f"{self.doing}: {error}" if error else "", self.door.note)
         return Outcome(
             status=status,
-            reason=f"{self.doing}: {error}" if error else "",
+            reason="; ".join(filter(None, reasons)),
             error=without_traceback(error) if error else None,
             weight=report.weight if report else None,
             norm=report.norm if report else None,
@@ -168,19 +169,20 @@ async def exchange(
     a `Commit` that is not accepted, or by the next task. All that goes wrong with the silo is returned.
     `begin` is awaited when the silo has the weights.
     """
-    record = _Record()
+    record = _Record(door=Door(channel))
     task = contribution.task
     error: Exception | None = None
     try:
-        await _hand_out(channel, outgoing, task, record, begin)
-        record.doing = "waiting for READY"
-        record.report = await _receive_report(channel, task)
-        record.doing = "waiting for the cohort"
-        place = await contribution.ready(record.report)
-        record.doing = "receiving the update"
-        await _contribute(channel, task, place, record)
-        record.doing = "waiting for the commit"
-        await contribution.decided()
+        async with record.door.kept():
+            await _hand_out(channel, outgoing, task, record, begin)
+            record.doing = "waiting for READY"
+            record.report = await _receive_report(channel, task)
+            record.doing = "waiting for the cohort"
+            place = await contribution.ready(record.report)
+            record.doing = "receiving the update"
+            await _contribute(channel, task, place, record)
+            record.doing = "waiting for the commit"
+            await contribution.decided()
         status = Status.COMMITTED
     except UpdateError as exc:
         status, error = Status.REFUSED, exc
@@ -205,11 +207,12 @@ async def ask(
     Has no deadline of its own: cancel it, which leaves the channel usable. All that goes wrong with the silo is
     returned. `begin` is awaited when the silo has the weights.
     """
-    record = _Record()
+    record = _Record(door=Door(channel))
     try:
-        await _hand_out(channel, outgoing, task, record, begin)
-        record.doing = "waiting for its metrics"
-        record.report = await _receive_report(channel, task)
+        async with record.door.kept():
+            await _hand_out(channel, outgoing, task, record, begin)
+            record.doing = "waiting for its metrics"
+            record.report = await _receive_report(channel, task)
         check_weight(record.report.weight)
         return record.outcome(Status.COMMITTED, None, None)
     except UpdateError as exc:
@@ -248,16 +251,17 @@ async def _contribute(channel: Channel, task: Task, place: Contribution, record:
     with contextlib.ExitStack() as undo:
         undo.callback(place.abort)
         started = loop.time()
-        record.bytes = await _receive_update(channel, task, place)
+        record.bytes = await _receive_update(channel, task, place, record.door)
         record.seconds = loop.time() - started
         undo.pop_all()
 
 
-async def _receive_update(channel: Channel, task: Task, place: Contribution) -> int:
+async def _receive_update(channel: Channel, task: Task, place: Contribution, door: Door) -> int:
     faults = 0
     for attempt in itertools.count(1):
+        door.expect(task.ticket, attempt)
         await channel.send(Upload(task.ticket, attempt))
-        transfer = await _next_update(channel, task, attempt)
+        transfer = await _next_update(channel, task, door)
         try:
             if await place.receive(transfer):
                 break
@@ -271,9 +275,9 @@ async def _receive_update(channel: Channel, task: Task, place: Contribution) -> 
     return transfer.manifest.total_bytes
 
 
-async def _next_update(channel: Channel, task: Task, attempt: int) -> Transfer:
+async def _next_update(channel: Channel, task: Task, door: Door) -> Transfer:
     """The transfer that was asked for. Raises `UpdateError` if the silo declines instead."""
-    update = asyncio.create_task(_find_update(channel, task, attempt))
+    update = asyncio.create_task(door.update())
     answer = asyncio.create_task(_receive_report(channel, task))
     both = (update, answer)
     try:
@@ -291,21 +295,6 @@ async def _next_update(channel: Channel, task: Task, attempt: int) -> Transfer:
     raise TransferTimeout(
         f"the silo was asked for its update and began none within {UPLOAD_START_TIMEOUT_S:g} s"
     )
-
-
-async def _find_update(channel: Channel, task: Task, attempt: int) -> Transfer:
-    async with contextlib.aclosing(channel.incoming()) as transfers:
-        async for transfer in transfers:
-            if is_for(transfer.meta, task.ticket, attempt):
-                return transfer
-            await turn_away(transfer, "it is for another round, or another attempt")
-    raise ChannelClosed("the silo closed the channel before its upload")
-
-
-async def turn_away(transfer: Transfer, reason: str) -> None:
-    """Refuse a transfer, unless its sender has given it up."""
-    with contextlib.suppress(Busy):
-        await transfer.refuse(reason)
 
 
 async def answered(channel: Channel, ticket: int) -> None:

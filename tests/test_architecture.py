@@ -116,7 +116,8 @@ ROOMS: Mapping[str, str] = {
     "fedllm.adapters": "fedllm.errors fedllm.messages fedllm.dtensors",
     "fedllm.trainers": "fedllm.threads",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
-    "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS}",
+    "fedllm.door": f"aiordma {BELOW_ROUNDS}",
+    "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.door",
     "fedllm.shards": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.staged fedllm.participation",
     "fedllm.assembly": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.shards",
     "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.fold fedllm.participation fedllm.shards",
@@ -130,7 +131,7 @@ ROOMS: Mapping[str, str] = {
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
     "fedllm.policy": "fedllm.errors fedllm.messages",
     "fedllm.journal": "aiordma fedllm.errors fedllm.checkpoint",
-    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.policy fedllm.journal",
+    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.door fedllm.policy fedllm.journal",
     "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation fedllm.policy"
     " fedllm.journal fedllm.threads",
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"

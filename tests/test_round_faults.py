@@ -12,7 +12,7 @@ import pytest
 
 import aiordma
 from aiordma import Channel, prepare
-from fedllm import Aligned, Ready, Staged, Status, UpdateError
+from fedllm import Aligned, QuorumNotReached, Ready, Staged, Status, UpdateError
 from fedllm.messages import FROM_SERVER, Commit, Decline, Upload
 from tests.playing import (
     INF,
@@ -219,17 +219,17 @@ async def test_an_upload_that_was_broken_off_is_asked_for_again():
     assert bits(result.weights) == bits(LARGE)
 
 
-@pytest.mark.parametrize("aggregate", [Staged], indirect=True)  # aligned, all uploads end together
-async def test_an_update_that_comes_twice_counts_once():
+async def test_an_update_that_comes_twice_is_refused_and_counts_once():
     async def repeat(channel: Channel) -> Commit:
         task, attempt = await be_asked(channel)
-        await channel.send_tensors(B, meta=task.meta(attempt), confirm=True)
-        again = asyncio.ensure_future(channel.send_tensors(C, meta=task.meta(attempt)))
+        sending = asyncio.ensure_future(channel.send_tensors(B, meta=task.meta(attempt)))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            with pytest.raises(aiordma.TransferRefused, match="an update is sent once"):
+                await channel.send_tensors(C, meta=task.meta(attempt))
         repeated.set()
-        commit: Commit = await channel.recv(FROM_SERVER)
-        again.cancel()
-        await asyncio.gather(again, return_exceptions=True)
-        return commit
+        await sending
+        return await channel.recv(FROM_SERVER)
 
     async def upload_then(channel: Channel) -> Commit:
         task, attempt = await be_asked(channel)
@@ -238,13 +238,48 @@ async def test_an_update_that_comes_twice_counts_once():
         return await channel.recv(FROM_SERVER)
 
     repeated = asyncio.Event()
+    result, seen = await play({"a": upload_then, "c": repeat})
+    assert bits(result.weights) == mean_of(("a", 1.0, A), ("c", 1.0, B))
+    assert seen["c"].accepted
+    assert result.outcomes["c"].reason.startswith("turned away 2 upload(s)")
+    assert result.outcomes["a"].reason == ""
+
+
+@pytest.mark.parametrize("aggregate", [Staged], indirect=True)  # aligned, all uploads end together
+async def test_an_update_that_is_taken_or_past_is_refused_while_the_others_go_on():
+    async def repeat(channel: Channel) -> Commit:
+        task, attempt = await be_asked(channel)
+        await channel.send_tensors(B, meta=task.meta(attempt), confirm=True)
+        with pytest.raises(aiordma.TransferRefused, match="an update is sent once"):
+            await channel.send_tensors(C, meta=task.meta(attempt))
+        go_on.set()
+        commit: Commit = await channel.recv(FROM_SERVER)
+        past = task.meta(attempt)
+        task = await say_ready(channel)
+        with pytest.raises(aiordma.TransferRefused, match="it is for another round"):
+            await channel.send_tensors(C, meta=past)
+        refused.set()
+        assert commit.accepted
+        return commit
+
+    async def upload_then(channel: Channel) -> None:
+        task, attempt = await be_asked(channel)
+        await go_on.wait()
+        await channel.send_tensors(A, meta=task.meta(attempt))
+        assert (await channel.recv(FROM_SERVER)).accepted
+
+    async def decline_then(channel: Channel) -> Commit:
+        await refused.wait()
+        return await decline(channel)
+
+    go_on, refused = asyncio.Event(), asyncio.Event()
     async with pairs("a", "c") as ends:
-        result, seen = await play({"a": upload_then, "c": repeat}, ends=ends)
-        assert bits(result.weights) == mean_of(("a", 1.0, A), ("c", 1.0, B))
-        assert seen["c"].accepted
-        # In the next round it is an update for a past one.
-        again, _ = await play({"a": takes_part(A), "c": takes_part(B)}, ends=ends, round=2)
-        assert bits(again.weights) == mean_of(("a", 1.0, A), ("c", 1.0, B))
+        act = asyncio.ensure_future(repeat(ends[1]["c"]))
+        await play({"a": upload_then, "c": lambda _: go_on.wait()}, ends=ends)
+        behaviours: dict[str, Behaviour] = {"a": decline_then, "c": lambda _: act}
+        with pytest.raises(QuorumNotReached, match="turned away 1 upload") as info:
+            await play(behaviours, ends=ends, round=2, min_silos=2)
+    assert info.value.outcomes["c"].status is Status.ABANDONED
 
 
 async def test_updates_of_other_tickets_are_refused_and_never_taken():
