@@ -118,9 +118,7 @@ class Link:
         if data:
             self._control.write(data)
             if self._control.backlog_bytes > self.session.most_unread_bytes:
-                self.fail(
-                    RemoteProtocolError("the peer sends, and does not read what is sent to it")
-                )
+                self.fail(RemoteProtocolError("the peer sends, and does not read what we send"))
 
     def _fill_all(self) -> None:
         """Post what may go, each time on the lane with most credits, so that all lanes carry their part."""
@@ -354,6 +352,10 @@ class Link:
         if self.error is not None:
             return
         self.error = error
+        if isinstance(error, RemoteProtocolError):
+            # The peer hears why, if it still reads; nobody waits for that.
+            self.session.bye(f"it breaks the protocol: {error.args[0]}")
+            self.flush()
         self._pulse.stop(error)
         for send in list(self.sends.values()):
             self._recall(send.id, is_sending=True)
