@@ -16,8 +16,6 @@ from aiordma import (
     ChannelClosed,
     ChannelError,
     MessageError,
-    Outgoing,
-    TransferTimeout,
 )
 from fedllm.aggregate import Arrays
 from fedllm.assembly import Assembly
@@ -25,6 +23,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import QuorumNotReached, SettingError
 from fedllm.messages import Goodbye, Join, Refused, Task, Welcome
 from fedllm.participation import Outcome
+from fedllm.sending import send_while_taken
 from fedllm.shards import Peer, all_of, caught_up, hand_outs
 
 __all__ = ["Membership", "choose"]
@@ -294,7 +293,9 @@ class Membership:
             if goodbye.has_weights:
                 meta = Task(self.round, goodbye.ticket, {}).meta(0)
                 await all_of(
-                    _send_while_taken(channel, outgoing, meta)
+                    send_while_taken(
+                        channel, outgoing, meta, confirm=True, silence_s=FINAL_SILENCE_S
+                    )
                     for channel, outgoing in hand_outs(member.channel, weights)
                 )
             expected.discard(member.name)
@@ -306,24 +307,6 @@ class Membership:
                 why = str(exc) or f"it read nothing for {FINAL_SILENCE_S:g} s"
                 self._report(member.name, f"gone without the final weights: {why}")
         self._changed.set()
-
-
-async def _send_while_taken(channel: Channel, outgoing: Outgoing, meta: object) -> None:
-    """Send, as long as it goes on: a transfer that nobody asks for never times out by itself."""
-    sending = asyncio.create_task(channel.send_tensors(outgoing, meta=meta, confirm=True))
-    try:
-        before = None
-        while not sending.done():
-            stats = channel.stats()
-            now = stats.sent_bytes, stats.in_flight_chunks
-            if now == before:
-                raise TransferTimeout(f"it took nothing for {FINAL_SILENCE_S:g} s")
-            before = now
-            await asyncio.wait({sending}, timeout=FINAL_SILENCE_S)
-        await sending
-    finally:
-        sending.cancel()
-        await asyncio.gather(sending, return_exceptions=True)
 
 
 def _difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:

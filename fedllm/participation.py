@@ -25,6 +25,7 @@ from fedllm.aggregate import Contribution, check_weight
 from fedllm.door import Door, turn_away
 from fedllm.errors import RoundAbandoned, StagingError, UpdateError
 from fedllm.messages import FROM_SILO, Begin, Commit, Decline, Ready, Task, Upload
+from fedllm.sending import send_while_taken
 
 __all__ = [
     "Outcome",
@@ -38,6 +39,9 @@ __all__ = [
     "tell",
 ]
 
+TAKING_TIMEOUT_S: Final = 600.0
+"""How long a silo may take nothing of the weights. It may still be busy with its own work on the round before; once it
+has them, its training takes as long as it does."""
 UPLOAD_ATTEMPTS: Final = 2
 """How often an upload is asked for that was damaged or given up."""
 UPLOAD_START_TIMEOUT_S: Final = 60.0
@@ -164,7 +168,8 @@ async def exchange(
 ) -> Outcome:
     """One silo's half of a round, on the server's side: task, READY, upload, COMMIT.
 
-    `outgoing` are the prepared global weights, which any number of exchanges may share. Has no deadline of its
+    `outgoing` are the prepared global weights, which any number of exchanges may share. A silo that takes nothing of
+    them for 10 minutes has failed, and is not to be asked again before it has answered. Has no other deadline of its
     own: cancel it, which aborts the contribution and leaves the channel usable; the silo is then to be told by
     a `Commit` that is not accepted, or by the next task. All that goes wrong with the silo is returned.
     `begin` is awaited when the silo has the weights.
@@ -227,8 +232,18 @@ async def _hand_out(
 ) -> None:
     loop = asyncio.get_running_loop()
     started = loop.time()
-    await channel.send(task)
-    await channel.send_tensors(outgoing, meta=task.meta(0), confirm=begin is not None)
+    try:
+        async with asyncio.timeout(TAKING_TIMEOUT_S):
+            await channel.send(task)
+    except TimeoutError as exc:
+        raise TransferTimeout(f"it read nothing for {TAKING_TIMEOUT_S:g} s") from exc
+    await send_while_taken(
+        channel,
+        outgoing,
+        task.meta(0),
+        confirm=begin is not None,
+        silence_s=TAKING_TIMEOUT_S,
+    )
     record.sent_bytes = outgoing.manifest.total_bytes
     record.sent_seconds = loop.time() - started
     if begin is not None:

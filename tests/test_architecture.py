@@ -117,13 +117,15 @@ ROOMS: Mapping[str, str] = {
     "fedllm.trainers": "fedllm.threads",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.door": f"aiordma {BELOW_ROUNDS}",
-    "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.door",
+    "fedllm.sending": "aiordma",
+    "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.door fedllm.sending",
     "fedllm.shards": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.staged fedllm.participation",
     "fedllm.assembly": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.shards",
     "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.fold fedllm.participation fedllm.shards",
     "fedllm.evaluation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.rounds",
     "fedllm.history": "fedllm.participation fedllm.rounds",
-    "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly",
+    "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly"
+    " fedllm.sending",
     "fedllm.federation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
     " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint fedllm.threads fedllm.tries",
     "fedllm.tries": "aiordma aiordma.errors fedllm.participation",

@@ -12,12 +12,14 @@ import pytest
 
 import aiordma
 from aiordma import Channel, prepare
-from fedllm import Aligned, QuorumNotReached, Ready, Staged, Status, UpdateError
+from fedllm import Aligned, QuorumNotReached, Ready, Staged, Status, Task, UpdateError
 from fedllm.messages import FROM_SERVER, Commit, Decline, Upload
 from tests.playing import (
+    DEADLINE_S,
     INF,
     LARGE,
     NAN,
+    SMALL,
     TWO,
     A,
     B,
@@ -162,6 +164,36 @@ async def test_a_silo_that_refuses_the_weights_has_failed():
     assert isinstance(outcome.error, aiordma.TransferRefused)
     assert outcome.reason.startswith("sending the weights: the peer refused the transfer: no room")
     assert seen["c"].reason == str(outcome.error)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_a_silo_that_never_takes_the_weights_has_failed(
+    reads: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """And is as good as any other once it has answered."""
+    monkeypatch.setattr("fedllm.participation.TAKING_TIMEOUT_S", DEADLINE_S)
+    monkeypatch.setattr("fedllm.participation.NOTICE_TIMEOUT_S", DEADLINE_S)
+
+    async def take_nothing(channel: Channel) -> None:
+        if reads:
+            task: Task = await channel.recv(FROM_SERVER)
+            assert not (await channel.recv(FROM_SERVER)).accepted
+            await channel.send(Decline(task.ticket, "too late"))
+
+    async with pairs("a", "c") as ends:
+        if not reads:
+            for _ in range(SMALL.messages):
+                await ends[0]["c"].send("unheard")
+        result, _ = await play(
+            {"a": takes_part(LARGE), "c": take_nothing}, ends=ends, weights=LARGE
+        )
+        assert bits(result.weights) == bits(LARGE)
+        outcome = result.outcomes["c"]
+        assert (outcome.status, outcome.is_busy) == (Status.FAILED, True)
+        assert outcome.reason.startswith("sending the weights: it ")
+        if reads:
+            again, _ = await play({"c": takes_part(LARGE)}, ends=ends, weights=LARGE, round=2)
+            assert again.outcomes["c"].status is Status.COMMITTED
 
 
 @pytest.mark.parametrize("dies", [die_at_ready, die_while_uploading])
