@@ -1,7 +1,7 @@
 """Adapters and state dicts <-> ordered, named numpy arrays.
 
-With `fedllm.demo` and `fedllm.dtensors` the only home of torch, and of peft: everything else in fedllm sees names and
-arrays.
+With `fedllm.demo`, `fedllm.dtensors` and `fedllm.parameters` the only home of torch, and of peft: everything else in
+fedllm sees names and arrays.
 Names and their order are the model's own (peft: adapter names taken out; transformers:
 `named_parameters`), so two processes that build the same model agree on both.
 
@@ -21,15 +21,14 @@ loaded: a silo takes the global layers, and keeps its own for these. A pattern t
 parameter is an `AdapterError`, since what it should have kept would leave.
 
 Of a model that is sharded (`fully_shard`, `distribute_tensor`) each rank gets, and loads, its own
-rows; `full_shard` says which these are. Take the `fingerprint` before it is sharded.
+rows; `full_shard` says which these are. Take the `fingerprint` before it is sharded. What FSDP gathered and a forward
+without a backward left so is given up first: every call here finds, and leaves, the model sharded.
 """
 
 import enum
 import json
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,30 @@ import ml_dtypes
 import numpy as np
 import torch
 import xxhash
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
-from fedllm.dtensors import Tensors, held, shard_of
-from fedllm.errors import FedError
+from fedllm.dtensors import held, shard_of
 from fedllm.messages import Shard
+from fedllm.parameters import AdapterError, all_parameters, lora_parameters
+
+__all__ = [
+    "AdapterError",
+    "Arrays",
+    "fingerprint",
+    "full_arrays",
+    "full_on_trial",
+    "full_shard",
+    "load_full",
+    "load_local",
+    "load_lora",
+    "local_arrays",
+    "lora_arrays",
+    "lora_on_trial",
+    "lora_shard",
+    "save_lora",
+]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -53,10 +69,6 @@ _LOCAL_SETTINGS = frozenset(
 )
 # What a tokenizer last did (peft's and transformers' calls set these), not what it is.
 _TOKENIZER_STATE = frozenset({"padding", "truncation"})
-
-
-class AdapterError(FedError, ValueError):
-    """Arrays that do not belong to this model, or a parameter that no array can hold."""
 
 
 def lora_arrays(
@@ -70,14 +82,14 @@ def lora_arrays(
 
     Source: `peft.get_peft_model_state_dict`.
     """
-    return _arrays(_lora_tensors(model, adapter, keep_local))
+    return _arrays(lora_parameters(model, adapter, keep_local))
 
 
 def lora_shard(
     model: PeftModel, *, adapter: str = "default", keep_local: Collection[str] = ()
 ) -> Shard:
     """`full_shard` for an adapter."""
-    return shard_of(_lora_tensors(model, adapter, keep_local))
+    return shard_of(lora_parameters(model, adapter, keep_local))
 
 
 def load_lora(
@@ -91,7 +103,7 @@ def load_lora(
 
     `AdapterError` names what is missing, unknown or of another shape; the model is then as it was.
     """
-    _load(_lora_tensors(model, adapter, keep_local), arrays)
+    _load(lora_parameters(model, adapter, keep_local), arrays)
 
 
 def save_lora(model: PeftModel, directory: Path, *, adapter: str = "default") -> None:
@@ -99,7 +111,7 @@ def save_lora(model: PeftModel, directory: Path, *, adapter: str = "default") ->
 
     `PeftModel.from_pretrained(base, directory)` reads them.
     """
-    tensors = _lora_tensors(model, adapter, ())
+    tensors = lora_parameters(model, adapter, ())
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[adapter].save_pretrained(str(directory))
@@ -112,12 +124,12 @@ def full_arrays(model: nn.Module, *, keep_local: Collection[str] = ()) -> Arrays
     `keep_local` means any of them. Buffers stay out: they are not trained, and averaging them would
     mean nothing.
     """
-    return _arrays(_parameters(model, keep_local)[0])
+    return _arrays(all_parameters(model, keep_local)[0])
 
 
 def full_shard(model: nn.Module, *, keep_local: Collection[str] = ()) -> Shard:
     """What this rank of a sharded model holds, for `join`: see `fedllm.dtensors.shard_of`."""
-    return shard_of(_parameters(model, keep_local)[0])
+    return shard_of(all_parameters(model, keep_local)[0])
 
 
 def load_full(
@@ -130,19 +142,19 @@ def load_full(
 
     `AdapterError` names what is missing, unknown or of another shape; the model is then as it was.
     """
-    _load(_parameters(model, keep_local)[0], arrays)
+    _load(all_parameters(model, keep_local)[0], arrays)
 
 
 def local_arrays(model: nn.Module, keep_local: Collection[str]) -> Arrays:
     """The parameters that `full_arrays` leaves out: what a silo itself must save to keep them."""
-    return _arrays(_parameters(model, keep_local)[1])
+    return _arrays(all_parameters(model, keep_local)[1])
 
 
 def load_local(
     model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]], keep_local: Collection[str]
 ) -> None:
     """Copy what `local_arrays` returned back into the model; see `load_full`."""
-    _load(_parameters(model, keep_local)[1], arrays)
+    _load(all_parameters(model, keep_local)[1], arrays)
 
 
 @contextmanager
@@ -165,7 +177,7 @@ def full_on_trial(
     what trains them there changes the arrays. However the block ends, the model's own memory is
     back, untouched. Raises `AdapterError` as `load_full` does, before anything is changed.
     """
-    with _on_trial(_parameters(model, keep_local)[0], arrays):
+    with _on_trial(all_parameters(model, keep_local)[0], arrays):
         yield
 
 
@@ -178,7 +190,7 @@ def lora_on_trial(
     keep_local: Collection[str] = (),
 ) -> Iterator[None]:
     """`full_on_trial` for an adapter: `arrays` as `load_lora` takes them."""
-    with _on_trial(_lora_tensors(model, adapter, keep_local), arrays):
+    with _on_trial(lora_parameters(model, adapter, keep_local), arrays):
         yield
 
 
@@ -203,58 +215,10 @@ def fingerprint(
     not forgers: xxh3_128 is not a cryptographic hash.
     """
     return {
-        "weights": _weights_digest(model, _parameters(model, keep_local)[1]),
+        "weights": _weights_digest(model, all_parameters(model, keep_local)[1]),
         "tokenizer": _json_digest(_tokenizer_form(tokenizer)),
         "adapter": _json_digest(_adapter_form(adapter_config)),
     }
-
-
-def _lora_tensors(model: PeftModel, adapter: str, keep_local: Collection[str]) -> Tensors:
-    """peft's names for the adapter's own Parameters (and, of `modules_to_save`, buffers)."""
-    own = model.state_dict(keep_vars=True)
-    tensors: Tensors = get_peft_model_state_dict(
-        model, state_dict=own, adapter_name=adapter, save_embedding_layers=False
-    )
-    ids = {id(tensor) for tensor in own.values()}
-    for name, tensor in tensors.items():
-        if id(tensor) not in ids:  # what peft computes anew each time could not be loaded
-            kind = model.peft_config[adapter].peft_type
-            raise AdapterError(f"{name} of a {kind} adapter is no parameter of the model: use LoRA")
-    local = _meant({name: (name,) for name in tensors}, keep_local)
-    return {name: tensor for name, tensor in tensors.items() if name not in local}
-
-
-def _parameters(model: nn.Module, keep_local: Collection[str]) -> tuple[Tensors, Tensors]:
-    """The parameters that are shared, and those that stay, each once and by the first of its names."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    local = _meant({group[0]: tuple(group) for group in names.values()}, keep_local)
-    shared: Tensors = {}
-    kept: Tensors = {}
-    for name, parameter in model.named_parameters():
-        (kept if name in local else shared)[name] = parameter
-    return shared, kept
-
-
-def _meant(names: Mapping[str, Collection[str]], patterns: Collection[str]) -> set[str]:
-    """The keys any of whose names, or of the modules above it, any pattern matches."""
-    found: set[str] = set()
-    for pattern in patterns:
-        here = {
-            key
-            for key, aliases in names.items()
-            if any(
-                fnmatchcase(name, glob) for name in aliases for glob in (pattern, f"{pattern}.*")
-            )
-        }
-        if not here:
-            raise AdapterError(
-                f"keep_local: {pattern!r} means no parameter here, and what it should keep would leave; "
-                f"a name is, for instance, {next(iter(names), 'none: there are none')}"
-            )
-        found |= here
-    return found
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:

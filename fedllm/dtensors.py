@@ -7,12 +7,24 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import tensor as dtensor
+from torch.distributed.fsdp import FSDPModule
 
 from fedllm.errors import SettingError
 from fedllm.messages import Shard
 
 Tensors = dict[str, torch.Tensor]
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP give up what it gathered: until then the model's parameters are copies, of the whole and no DTensors.
+
+    A backward ends with that; a forward alone leaves the root's group gathered, for a backward that may not come.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def held(tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -1,4 +1,7 @@
-"""A silo of two processes that share one model by FSDP2, over gloo, in a run with a silo that has it whole."""
+"""A silo of two processes that share one model by FSDP2, over gloo, in a run with a silo that has it whole.
+
+Its ranks also look at weights without training on them, which leaves what FSDP gathered where it is.
+"""
 
 import asyncio
 import json
@@ -15,7 +18,7 @@ from torch.distributed import tensor as dtensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fedllm import Federation, RunConfig, SettingError, join
+from fedllm import EvaluationTask, Federation, RunConfig, SettingError, join
 from fedllm.adapters import (
     full_arrays,
     full_shard,
@@ -27,7 +30,7 @@ from fedllm.adapters import (
 from fedllm.dtensors import held, shard_of
 from tests.harness import program
 from tests.playing import bits
-from tests.tiny_models import adapted
+from tests.tiny_models import adapted, tiny_gpt2
 
 
 class Model(nn.Module):
@@ -48,18 +51,27 @@ class Model(nn.Module):
         return self.scale * single
 
 
+def look(model: nn.Module) -> float:
+    with torch.no_grad():
+        return float(model(torch.ones(2, 5)).sum())  # FSDP gathers the parameters for this
+
+
 def train(model: nn.Module, by: float) -> float:
     """The same for every element, wherever it is, so that sharded and whole models come to the same bits."""
-    with torch.no_grad():
-        loss = float(model(torch.ones(2, 5)).sum())  # FSDP gathers the parameters for this
-        for part in held(dict(model.named_parameters())).values():
-            part.mul_(by).add_(0.25)
+    loss = look(model)
+    for part in full_arrays(model).values():
+        np.multiply(part, part.dtype.type(by), out=part)
+        np.add(part, part.dtype.type(0.25), out=part)
     return loss
 
 
 async def take_part(port: int, model: nn.Module, name: str, by: float, **options: Any) -> None:
+    async def judge(task: EvaluationTask) -> tuple[int, dict[str, float]]:
+        load_full(model, task.weights)
+        return 2, {"loss": await asyncio.to_thread(look, model)}
+
     async with join("127.0.0.1", port, name=name, fingerprint={}, backoff=None, **options) as silo:
-        async for task in silo.rounds():
+        async for task in silo.rounds(judge):
             load_full(model, task.weights)
             loss = await asyncio.to_thread(train, model, by)
             report = await task.submit(full_arrays(model), weight=2, metrics={"loss": loss})
@@ -78,13 +90,13 @@ from torch.distributed.fsdp import fully_shard
 from fedllm.adapters import full_arrays, full_shard
 from tests.test_dtensors import Model, take_part
 
-rank, port, file = json.loads(sys.argv[1])
+rank, port, file, layers = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
 model, mesh = Model(), init_device_mesh("cpu", (2,))
 model.spare = nn.Parameter(distribute_tensor(model.spare.data, mesh, [Replicate()]))
-for layer in (model.even, model.uneven, model.single):
-    fully_shard(layer, mesh=mesh)
+for name in layers:
+    fully_shard(getattr(model, name), mesh=mesh)
 fully_shard(model, mesh=mesh, ignored_params={model.scale, model.spare})
 shard = full_shard(model)
 asyncio.run(take_part(port, model, "bank", 2, shard=shard))
@@ -95,14 +107,15 @@ dist.destroy_process_group()
 
 
 async def run_of(*silos: Any) -> tuple[dict[str, np.ndarray[Any, Any]], list[Any]]:
-    """Two rounds: the final weights, and what the silos said of the losses."""
+    """Two rounds and evaluations: the final weights, and what the silos said of the losses."""
     rounds: list[Any] = []
     model = Model()
     server = Federation(
         {name: array.copy() for name, array in full_arrays(model).items()},
-        RunConfig(min_silos=2, rounds=2, farewell_s=1),
+        RunConfig(min_silos=2, rounds=2, evaluate_every=1, farewell_s=1),
         fingerprint={},
         on_round=rounds.append,
+        on_evaluation=rounds.append,
     )
     async with server:
         _, port = await server.start()
@@ -118,14 +131,21 @@ def plain(name: str, by: float) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)  # three processes import torch, on two shared cores perhaps
-async def test_a_silo_sharded_by_fsdp_gives_the_bits_of_one_that_is_not(tmp_path: Path):
+@pytest.mark.parametrize(
+    "layers",
+    [["even", "uneven", "single"], ["uneven"]],  # the others are in the root's group
+    ids=["layers", "root"],
+)
+async def test_a_silo_sharded_by_fsdp_gives_the_bits_of_one_that_is_not(
+    tmp_path: Path, layers: list[str]
+):
     said: list[Any] = []
 
     async def sharded(port: int) -> None:
         async with AsyncExitStack() as stack:
             ranks = [
                 await stack.enter_async_context(
-                    program(RANK, json.dumps([rank, port, str(tmp_path / "store")]))
+                    program(RANK, json.dumps([rank, port, str(tmp_path / "store"), layers]))
                 )
                 for rank in range(2)
             ]
@@ -194,6 +214,32 @@ def test_an_adapter_of_a_sharded_model_is_what_it_was_of_the_whole(alone):
     assert {rows for rows in shard.rows.values() if rows is None} == set()
     load_lora(model, lora_arrays(adapted(1)))
     assert bits(lora_arrays(model)) == bits(lora_arrays(adapted(1))) != bits(lora_arrays(whole))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "arrays_of", "shard_of", "load"),
+    [
+        (tiny_gpt2, full_arrays, full_shard, load_full),
+        (adapted, lora_arrays, lora_shard, load_lora),
+    ],
+    ids=["full", "lora"],
+)
+def test_a_look_at_a_sharded_model_does_not_hide_its_rows(alone, make, arrays_of, shard_of, load):
+    model, other = make(0), make(1)
+    fully_shard(model, mesh=alone["shards"])
+    rows = shard_of(model).rows
+    assert not torch.equal(seen(model), seen(other))
+    load(model, arrays_of(other))
+    assert shard_of(model).rows == rows
+    assert torch.equal(seen(model), seen(other))
+    assert bits(arrays_of(model)) == bits(arrays_of(other))
+
+
+def seen(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(12).reshape(1, 12)).logits
+    return found
 
 
 def test_who_is_in_no_process_group_has_no_rank():

@@ -1,0 +1,69 @@
+"""Which tensors of a model are meant: those of an adapter or of all of it, tied ones once, without what stays local.
+
+With `fedllm.adapters`, which is how to use it, a home of torch and peft.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from fedllm.dtensors import Tensors, reshard
+from fedllm.errors import FedError
+
+__all__ = ["AdapterError", "all_parameters", "lora_parameters"]
+
+
+class AdapterError(FedError, ValueError):
+    """Arrays that do not belong to this model, or a parameter that no array can hold."""
+
+
+def lora_parameters(model: PeftModel, adapter: str, keep_local: Collection[str]) -> Tensors:
+    """peft's names for the adapter's own Parameters (and, of `modules_to_save`, buffers)."""
+    own = model.state_dict(keep_vars=True)  # FSDP, if there, gives up what it gathered
+    tensors: Tensors = get_peft_model_state_dict(
+        model, state_dict=own, adapter_name=adapter, save_embedding_layers=False
+    )
+    ids = {id(tensor) for tensor in own.values()}
+    for name, tensor in tensors.items():
+        if id(tensor) not in ids:  # what peft computes anew each time could not be loaded
+            kind = model.peft_config[adapter].peft_type
+            raise AdapterError(f"{name} of a {kind} adapter is no parameter of the model: use LoRA")
+    local = _meant({name: (name,) for name in tensors}, keep_local)
+    return {name: tensor for name, tensor in tensors.items() if name not in local}
+
+
+def all_parameters(model: nn.Module, keep_local: Collection[str]) -> tuple[Tensors, Tensors]:
+    """The parameters that are shared, and those that stay, each once and by the first of its names."""
+    reshard(model)
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    local = _meant({group[0]: tuple(group) for group in names.values()}, keep_local)
+    shared: Tensors = {}
+    kept: Tensors = {}
+    for name, parameter in model.named_parameters():
+        (kept if name in local else shared)[name] = parameter
+    return shared, kept
+
+
+def _meant(names: Mapping[str, Collection[str]], patterns: Collection[str]) -> set[str]:
+    """The keys any of whose names, or of the modules above it, any pattern matches."""
+    found: set[str] = set()
+    for pattern in patterns:
+        here = {
+            key
+            for key, aliases in names.items()
+            if any(
+                fnmatchcase(name, glob) for name in aliases for glob in (pattern, f"{pattern}.*")
+            )
+        }
+        if not here:
+            raise AdapterError(
+                f"keep_local: {pattern!r} means no parameter here, and what it should keep would leave; "
+                f"a name is, for instance, {next(iter(names), 'none: there are none')}"
+            )
+        found |= here
+    return found
