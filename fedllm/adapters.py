@@ -1,7 +1,7 @@
 """Adapters and state dicts <-> ordered, named numpy arrays.
 
-With `fedllm.demo`, `fedllm.dtensors` and `fedllm.parameters` the only home of torch, and of peft: everything else in
-fedllm sees names and arrays.
+With `fedllm.demo`, and `fedllm.parameters`, `loading` and `dtensors` below it, the only home of torch, and of peft:
+everything else in fedllm sees names and arrays.
 Names and their order are the model's own (peft: adapter names taken out; transformers:
 `named_parameters`), so two processes that build the same model agree on both.
 
@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedllm.dtensors import held, shard_of
+from fedllm.loading import load, on_trial
 from fedllm.messages import Shard
 from fedllm.parameters import AdapterError, all_parameters, lora_parameters
 
@@ -103,7 +104,7 @@ def load_lora(
 
     `AdapterError` names what is missing, unknown or of another shape; the model is then as it was.
     """
-    _load(lora_parameters(model, adapter, keep_local), arrays)
+    load(lora_parameters(model, adapter, keep_local), arrays)
 
 
 def save_lora(model: PeftModel, directory: Path, *, adapter: str = "default") -> None:
@@ -142,7 +143,7 @@ def load_full(
 
     `AdapterError` names what is missing, unknown or of another shape; the model is then as it was.
     """
-    _load(all_parameters(model, keep_local)[0], arrays)
+    load(all_parameters(model, keep_local)[0], arrays)
 
 
 def local_arrays(model: nn.Module, keep_local: Collection[str]) -> Arrays:
@@ -154,7 +155,7 @@ def load_local(
     model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]], keep_local: Collection[str]
 ) -> None:
     """Copy what `local_arrays` returned back into the model; see `load_full`."""
-    _load(all_parameters(model, keep_local)[1], arrays)
+    load(all_parameters(model, keep_local)[1], arrays)
 
 
 @contextmanager
@@ -176,8 +177,12 @@ def full_on_trial(
     On the CPU nothing is copied where dtypes agree: the parameters lie in the arrays' memory, and
     what trains them there changes the arrays. However the block ends, the model's own memory is
     back, untouched. Raises `AdapterError` as `load_full` does, before anything is changed.
+
+    Of a sharded model each rank's rows are copied aside for the block, and all ranks enter it, and
+    decide on what they saw together: each by the same number, as of ``dist.all_reduce(loss)``.
+    Who declines or loads alone leaves the others waiting in their next collective.
     """
-    with _on_trial(all_parameters(model, keep_local)[0], arrays):
+    with on_trial(model, all_parameters(model, keep_local)[0], arrays):
         yield
 
 
@@ -190,7 +195,7 @@ def lora_on_trial(
     keep_local: Collection[str] = (),
 ) -> Iterator[None]:
     """`full_on_trial` for an adapter: `arrays` as `load_lora` takes them."""
-    with _on_trial(lora_parameters(model, adapter, keep_local), arrays):
+    with on_trial(model, lora_parameters(model, adapter, keep_local), arrays):
         yield
 
 
@@ -237,54 +242,6 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
             f"{name} is {tensor.dtype}, which numpy cannot hold: convert the model "
             f"(`model.float()`), or keep it frozen under an adapter"
         ) from exc
-
-
-def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A tensor over the array's memory; over a copy where torch could not write (it would warn)."""
-    plain = np.require(array, requirements=("C", "W"))
-    if plain.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(plain.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(plain)
-
-
-def _load(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    parts = held(tensors)
-    _check_fit(parts, arrays)
-    with torch.no_grad():
-        for name, tensor in parts.items():
-            tensor.copy_(_tensor(arrays[name]))
-
-
-@contextmanager
-def _on_trial(
-    tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]
-) -> Iterator[None]:
-    _check_fit(tensors, arrays)
-    own = {name: tensor.data for name, tensor in tensors.items()}
-    try:
-        for name, tensor in tensors.items():
-            tensor.data = _tensor(arrays[name]).to(tensor.device, tensor.dtype)
-        yield
-    finally:
-        for name, tensor in tensors.items():
-            tensor.data = own[name]
-
-
-def _check_fit(
-    expected: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]
-) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in arrays]
-    problems += [f"{name} is unknown here" for name in arrays if name not in expected]
-    problems += [
-        f"{name} has shape {arrays[name].shape}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in arrays and arrays[name].shape != tuple(tensor.shape)
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise AdapterError(
-            f"these arrays belong to another model or adapter: {'; '.join(problems[:3])}{more}"
-        )
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -27,6 +27,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor: what this rank holds is a part, or a replica."""
+    return isinstance(tensor, dtensor.DTensor)
+
+
 def held(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """The tensors, and of each DTensor this rank's part, which shares its memory; without what it has no part of."""
     parts = {

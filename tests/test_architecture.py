@@ -114,7 +114,8 @@ ROOMS: Mapping[str, str] = {
     "fedllm.interrupt": "",
     "fedllm.dtensors": "fedllm.errors fedllm.messages",
     "fedllm.parameters": "fedllm.errors fedllm.dtensors",
-    "fedllm.adapters": "fedllm.messages fedllm.dtensors fedllm.parameters",
+    "fedllm.loading": "fedllm.dtensors fedllm.parameters",
+    "fedllm.adapters": "fedllm.messages fedllm.dtensors fedllm.parameters fedllm.loading",
     "fedllm.trainers": "fedllm.threads",
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.door": f"aiordma {BELOW_ROUNDS}",
@@ -150,7 +151,7 @@ ROOMS: Mapping[str, str] = {
 GUESTS: Mapping[str, str] = {
     # third party or standard library: the only modules that may import it, anywhere in their text
     "pyverbs": "aiordma.lanes.verbs*",
-    "torch": "fedllm.adapters fedllm.dtensors fedllm.parameters fedllm.demo.*",
+    "torch": "fedllm.adapters fedllm.dtensors fedllm.parameters fedllm.loading fedllm.demo.*",
     "peft": "fedllm.adapters fedllm.parameters fedllm.demo.*",
     "transformers": "fedllm.adapters fedllm.trainers fedllm.demo.*",
     "accelerate": "",

@@ -5,7 +5,7 @@ Its ranks also look at weights without training on them, which leaves what FSDP 
 
 import asyncio
 import json
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ from torch.distributed.fsdp import fully_shard
 from fedllm import EvaluationTask, Federation, RunConfig, SettingError, join
 from fedllm.adapters import (
     full_arrays,
+    full_on_trial,
     full_shard,
     load_full,
     load_lora,
     lora_arrays,
+    lora_on_trial,
     lora_shard,
 )
 from fedllm.dtensors import held, shard_of
 from tests.harness import program
 from tests.playing import bits
-from tests.tiny_models import adapted, tiny_gpt2
+from tests.tiny_models import adapted, snapshot, tiny_gpt2
 
 
 class Model(nn.Module):
@@ -67,14 +69,23 @@ def train(model: nn.Module, by: float) -> float:
 
 async def take_part(port: int, model: nn.Module, name: str, by: float, **options: Any) -> None:
     async def judge(task: EvaluationTask) -> tuple[int, dict[str, float]]:
-        load_full(model, task.weights)
-        return 2, {"loss": await asyncio.to_thread(look, model)}
+        with full_on_trial(model, task.weights):
+            return 2, {"loss": await asyncio.to_thread(look, model)}
 
     async with join("127.0.0.1", port, name=name, fingerprint={}, backoff=None, **options) as silo:
         async for task in silo.rounds(judge):
+            mine = await asyncio.to_thread(look, model)
+            with full_on_trial(model, task.weights):
+                theirs = await asyncio.to_thread(look, model)
             load_full(model, task.weights)
-            loss = await asyncio.to_thread(train, model, by)
-            report = await task.submit(full_arrays(model), weight=2, metrics={"loss": loss})
+            said = {
+                "loss": await asyncio.to_thread(train, model, by),
+                "mine": mine,
+                "theirs": theirs,
+            }
+            assert said["loss"] == theirs
+            assert (mine == theirs) is (task.round == 1)
+            report = await task.submit(full_arrays(model), weight=2, metrics=said)
             assert report.accepted, report
         assert silo.final is not None
         load_full(model, silo.final)
@@ -121,7 +132,7 @@ async def run_of(*silos: Any) -> tuple[dict[str, np.ndarray[Any, Any]], list[Any
         _, port = await server.start()
         acts = [asyncio.ensure_future(silo(port)) for silo in silos]
         history, *_ = await asyncio.gather(server.run(), *acts)
-    losses = [{n: o.metrics["loss"] for n, o in one.outcomes.items()} for one in rounds]
+    losses = [{n: o.metrics for n, o in one.outcomes.items()} for one in rounds]
     return dict(history.weights), losses
 
 
@@ -234,6 +245,33 @@ def test_a_look_at_a_sharded_model_does_not_hide_its_rows(alone, make, arrays_of
     assert shard_of(model).rows == rows
     assert torch.equal(seen(model), seen(other))
     assert bits(arrays_of(model)) == bits(arrays_of(other))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("layers", [[], ["h.0", "h.1"]], ids=["root", "layers"])
+@pytest.mark.parametrize(
+    ("make", "arrays_of", "on_trial"),
+    [(tiny_gpt2, full_arrays, full_on_trial), (adapted, lora_arrays, lora_on_trial)],
+    ids=["full", "lora"],
+)
+def test_on_trial_a_sharded_model_computes_with_other_weights(
+    alone, make, arrays_of, on_trial, layers
+):
+    model, other = make(0), make(1)
+    mine, theirs = seen(model), seen(other)
+    candidate = snapshot(arrays_of(other))
+    for name, layer in list(model.named_modules()):
+        if name.endswith(tuple(layers)) and layers:
+            fully_shard(layer, mesh=alone["shards"])
+    fully_shard(model, mesh=alone["shards"])
+    own = arrays_of(model)
+    with suppress(ZeroDivisionError), on_trial(model, candidate):
+        assert torch.equal(seen(model), theirs)
+        assert torch.equal(seen(model), theirs)
+        raise ZeroDivisionError
+    assert torch.equal(seen(model), mine)
+    assert bits(arrays_of(model)) == bits(own) == bits(arrays_of(make(0)))
+    assert all(np.shares_memory(array, own[name]) for name, array in arrays_of(model).items())
 
 
 def seen(model: nn.Module) -> torch.Tensor:

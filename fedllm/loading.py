@@ -1,0 +1,84 @@
+"""Arrays into a model's tensors, for good or for a look.
+
+Below `fedllm.adapters`, which is how to use it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import nn
+
+from fedllm.dtensors import Tensors, held, is_sharded, reshard
+from fedllm.parameters import AdapterError
+
+__all__ = ["load", "on_trial"]
+
+
+def load(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Copy the arrays into the tensors, or raise `AdapterError` and change nothing."""
+    parts = held(tensors)
+    _check_fit(parts, arrays)
+    _fill(parts, arrays)
+
+
+@contextmanager
+def on_trial(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+) -> Iterator[None]:
+    """Within the block these tensors of the model are the arrays, or, of DTensors, copies of them."""
+    parts = held(tensors)
+    _check_fit(parts, arrays)
+    # FSDP gathers from memory of its own, which no other can take the place of.
+    sharded = {name: part for name, part in parts.items() if is_sharded(tensors[name])}
+    whole = {name: part for name, part in parts.items() if name not in sharded}
+    rows = {name: part.detach().clone() for name, part in sharded.items()}
+    own = {name: tensor.data for name, tensor in whole.items()}
+    try:
+        _fill(sharded, arrays)
+        for name, tensor in whole.items():
+            tensor.data = _tensor(arrays[name]).to(tensor.device, tensor.dtype)
+        yield
+    finally:
+        for name, tensor in whole.items():
+            tensor.data = own[name]
+        reshard(model)  # what it gathered is of the arrays
+        with torch.no_grad():
+            for name, part in sharded.items():
+                part.copy_(rows[name])
+
+
+def _fill(tensors: Tensors, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(_tensor(arrays[name]))
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A tensor over the array's memory; over a copy where torch could not write (it would warn)."""
+    plain = np.require(array, requirements=("C", "W"))
+    if plain.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(plain.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(plain)
+
+
+def _check_fit(
+    expected: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in arrays]
+    problems += [f"{name} is unknown here" for name in arrays if name not in expected]
+    problems += [
+        f"{name} has shape {arrays[name].shape}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in arrays and arrays[name].shape != tuple(tensor.shape)
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise AdapterError(
+            f"these arrays belong to another model or adapter: {'; '.join(problems[:3])}{more}"
+        )
