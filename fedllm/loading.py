@@ -17,6 +17,8 @@ from fedllm.parameters import AdapterError
 
 __all__ = ["load", "on_trial"]
 
+_FLOATS = frozenset(map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)))
+
 
 def load(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Copy the arrays into the tensors, or raise `AdapterError` and change nothing."""
@@ -67,6 +69,13 @@ def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     return torch.from_numpy(plain)
 
 
+def _goes_into(dtype: np.dtype[Any], wanted: torch.dtype) -> bool:
+    """Any float goes into any; else it must be the same. Always in this machine's byte order."""
+    if wanted.is_floating_point:
+        return dtype in _FLOATS
+    return dtype.isnative and str(wanted) == f"torch.{dtype.name}"
+
+
 def _check_fit(
     expected: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> None:
@@ -76,6 +85,11 @@ def _check_fit(
         f"{name} has shape {arrays[name].shape}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in arrays and arrays[name].shape != tuple(tensor.shape)
+    ]
+    problems += [
+        f"{name} holds {arrays[name].dtype}, which does not go into {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in arrays and not _goes_into(arrays[name].dtype, tensor.dtype)
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

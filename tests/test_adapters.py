@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     PeftModel,
     PromptTuningConfig,
     get_peft_model,
@@ -19,6 +20,7 @@ import fedllm
 from fedllm.adapters import (
     AdapterError,
     full_arrays,
+    full_on_trial,
     load_full,
     load_lora,
     lora_arrays,
@@ -138,6 +140,38 @@ def test_arrays_of_another_model_are_refused_and_change_nothing(make, arrays_of,
     with pytest.raises(AdapterError, match=text):
         load(model, arrays)
     assert_same(arrays_of(model), before)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [ml_dtypes.float8_e4m3fn, ">f4", np.complex64, np.int64, np.uint16, np.bool_],
+    ids=str,
+)
+@pytest.mark.parametrize("load", [load_full, lambda *given: full_on_trial(*given).__enter__()])
+def test_numbers_of_another_kind_are_refused_and_change_nothing(dtype, load):
+    model = tiny_gpt2(1)
+    before = snapshot(full_arrays(model))
+    arrays = snapshot(full_arrays(tiny_gpt2(2)))
+    name = next(reversed(arrays))
+    arrays[name] = arrays[name].astype(dtype)
+    text = rf"^these .*: {name} holds {np.dtype(dtype)}, which does not go into torch\.float32$"
+    with pytest.raises(AdapterError, match=text):
+        load(model, arrays)
+    assert_same(full_arrays(model), before)
+
+
+def test_buffers_of_modules_to_save_go_as_they_are():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    config = LoraConfig(target_modules=["0"], modules_to_save=["1"])
+    model = get_peft_model(module, config)
+    arrays = snapshot(lora_arrays(model))
+    counted = next(name for name in arrays if name.endswith("num_batches_tracked"))
+    arrays[counted] += 3
+    load_lora(model, arrays)
+    assert lora_arrays(model)[counted] == 3
+    arrays[counted] = arrays[counted].astype(np.float32)
+    with pytest.raises(AdapterError, match=r"holds float32, which does not go into torch\.int64"):
+        load_lora(model, arrays)
 
 
 def test_peft_loads_what_save_lora_writes(tmp_path: Path):
