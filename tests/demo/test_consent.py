@@ -136,13 +136,26 @@ def test_the_options_of_join_reach_the_silo(silo: list[str], monkeypatch: pytest
     monkeypatch.setattr(joining, "take_part", lambda options, report: found.append(options))
     monkeypatch.setenv("FEDLLM_PROXY", "http://elsewhere:1")
     words = ["join", "--server", "[::1]:1", *silo, "--json", "--journal", "j", "--tell-examples"]
+    words += [
+        "--refuse-above",
+        "1.05",
+        "--keep",
+        "updates",
+        "--retry",
+        "5",
+        "--keep-local",
+        "*.mlp",
+    ]
     assert main([*words, "--proxy", "http://p:1", "--allow", "recipe.batch=4,8"]) == 0
     assert main(["join", "--server", "h:1", *silo, "--json"]) == 0
     given, usual = found
     assert (given.host, given.proxy, given.journal) == ("::1", "http://p:1", Path("j"))
+    assert (given.refuse_above, given.keep, given.retry) == (1.05, Path("updates"), 5)
+    assert given.keep_local == ["*.mlp"]
     assert given.policy.tells_weight
     assert given.policy.objection({"recipe": {"batch": 5}}) is not None
     assert (usual.proxy, usual.journal) == ("http://elsewhere:1", None)
+    assert (usual.refuse_above, usual.keep, usual.keep_local) == (None, None, ())
     assert not usual.policy.tells_weight
     assert usual.policy.objection({"recipe": {"batch": 5}}) is None
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedllm import EvaluationTask, Federation, RunConfig
+from fedllm import EvaluationTask, Federation, QuorumNotReached, RunConfig, RunFailed, join
 from fedllm.adapters import Arrays
 from fedllm.demo.events import Event, Said
 from fedllm.demo.joining import JoinOptions, _Silo
@@ -61,6 +61,35 @@ async def test_weights_that_are_worse_than_allowed_are_refused_and_the_silos_own
     np.testing.assert_array_equal(silo._learner.arrays()[SHARED], near[SHARED])
 
 
+async def test_a_silo_in_a_run_keeps_its_own_before_it_trains_and_at_the_end():
+    """A server that begins with noise, and another silo that outweighs this one with it."""
+    heard: list[Event] = []
+    learner = prepare_learner(make_tiny(), "full", seed=0)
+    before = copied(learner)
+    worse = {name: noise(array) for name, array in before.items()}
+    async with Federation(
+        worse,
+        RunConfig(min_silos=2, rounds=2),
+        fingerprint=learner.fingerprint,
+        arguments=ARGUMENTS,
+    ) as server:
+        host, port = await server.start()
+
+        async def spoil() -> None:
+            async with join(host, port, name="b", fingerprint=learner.fingerprint) as member:
+                async for task in member.rounds():
+                    await task.submit(worse, weight=1e6)
+
+        silo = silo_of(make_tiny(), heard, host=host, port=port, refuse_above=1.5)
+        _, _, is_there = await asyncio.gather(server.run(), spoil(), silo.take_part())
+    assert is_there
+    refused = [one.text for one in heard if isinstance(one, Said) and "refuses" in one.text]
+    assert [line.partition(":")[0] for line in refused] == ["round 1", "round 2", "the last round"]
+    for name, array in silo._learner.arrays().items():
+        assert not np.array_equal(array, before[name])
+        np.testing.assert_allclose(array, before[name], atol=0.2)  # six steps from where it began
+
+
 async def test_without_a_limit_any_weights_are_adopted():
     silo = silo_of(make_tiny(), [])
     worse = {name: noise(array) for name, array in copied(silo._learner).items()}
@@ -100,6 +129,14 @@ async def test_layers_of_its_own_never_reach_the_server_and_outlive_the_silos_pr
     assert set(server.history.weights) == set(untrained) - {OWN, "transformer.ln_f.weight"}
     trained = silo._learner.whole().arrays()
     assert not np.array_equal(trained[OWN], untrained[OWN])
-    again = silo_of(make_tiny(), [], **told)
-    again._restore()
+    async with Federation(
+        shared.arrays(),
+        RunConfig(min_silos=1, rounds=1),
+        fingerprint=shared.fingerprint,
+        arguments={"not": "what a silo does"},
+    ) as server:
+        host, port = await server.start()
+        again = silo_of(make_tiny(), [], **{**told, "port": port})
+        ends = await asyncio.gather(server.run(), again.take_part(), return_exceptions=True)
+    assert [type(end) for end in ends] == [QuorumNotReached, RunFailed]  # and nothing was trained
     np.testing.assert_array_equal(again._learner.whole().arrays()[OWN], trained[OWN])
