@@ -40,10 +40,10 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
-from fedllm.dtensors import held, shard_of
+from fedllm.dtensors import Tensors, held, shard_of
 from fedllm.loading import load, on_trial
 from fedllm.messages import Shard
-from fedllm.parameters import AdapterError, all_parameters, lora_parameters
+from fedllm.parameters import AdapterError, all_parameters, kept_buffers, lora_parameters
 
 __all__ = [
     "AdapterError",
@@ -147,15 +147,16 @@ def load_full(
 
 
 def local_arrays(model: nn.Module, keep_local: Collection[str]) -> Arrays:
-    """The parameters that `full_arrays` leaves out: what a silo itself must save to keep them."""
-    return _arrays(all_parameters(model, keep_local)[1])
+    """What a silo itself must save to keep: the parameters that `full_arrays` leaves out, and the
+    buffers that `keep_local` means, such as a BatchNorm's running statistics."""
+    return _arrays(_local_tensors(model, keep_local))
 
 
 def load_local(
     model: nn.Module, arrays: Mapping[str, np.ndarray[Any, Any]], keep_local: Collection[str]
 ) -> None:
     """Copy what `local_arrays` returned back into the model; see `load_full`."""
-    load(all_parameters(model, keep_local)[1], arrays)
+    load(_local_tensors(model, keep_local), arrays)
 
 
 @contextmanager
@@ -176,7 +177,8 @@ def full_on_trial(
 
     On the CPU nothing is copied where dtypes agree: the parameters lie in the arrays' memory, and
     what trains them there changes the arrays. However the block ends, the model's own memory is
-    back, untouched. Raises `AdapterError` as `load_full` does, before anything is changed.
+    back, untouched, and its buffers have their values again. Raises `AdapterError` as `load_full`
+    does, before anything is changed.
 
     Of a sharded model each rank's rows are copied aside for the block, and all ranks enter it, and
     decide on what they saw together: each by the same number, as of ``dist.all_reduce(loss)``.
@@ -210,7 +212,7 @@ def fingerprint(
 
     - `weights`: names, dtypes, shapes and bytes of the *base* model's parameters and buffers, tied
       ones once; the same before and after an adapter is attached. Of all weights that are trained
-      (no adapter) those that `keep_local` means are left out: they are each silo's own.
+      (no adapter) those that `keep_local` means, buffers too, are left out: they are each silo's own.
     - `tokenizer`: its serialised form and special tokens, without what the last call set.
     - `adapter`: the adapter's settings as sorted JSON, without paths and version numbers; `None`
       (full fine-tuning) has a digest as well. Give the configuration that the attached model holds
@@ -220,10 +222,14 @@ def fingerprint(
     not forgers: xxh3_128 is not a cryptographic hash.
     """
     return {
-        "weights": _weights_digest(model, all_parameters(model, keep_local)[1]),
+        "weights": _weights_digest(model, _local_tensors(model, keep_local)),
         "tokenizer": _json_digest(_tokenizer_form(tokenizer)),
         "adapter": _json_digest(_adapter_form(adapter_config)),
     }
+
+
+def _local_tensors(model: nn.Module, keep_local: Collection[str]) -> Tensors:
+    return all_parameters(model, keep_local)[1] | kept_buffers(model, keep_local)
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:

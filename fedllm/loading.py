@@ -41,6 +41,7 @@ def on_trial(
     whole = {name: part for name, part in parts.items() if name not in sharded}
     rows = {name: part.detach().clone() for name, part in sharded.items()}
     own = {name: tensor.data for name, tensor in whole.items()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # a forward may change them
     try:
         _fill(sharded, arrays)
         for name, tensor in whole.items():
@@ -53,6 +54,8 @@ def on_trial(
         with torch.no_grad():
             for name, part in sharded.items():
                 part.copy_(rows[name])
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _fill(tensors: Tensors, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

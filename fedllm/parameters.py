@@ -13,7 +13,7 @@ from torch import nn
 from fedllm.dtensors import Tensors, reshard
 from fedllm.errors import FedError
 
-__all__ = ["AdapterError", "all_parameters", "lora_parameters"]
+__all__ = ["AdapterError", "all_parameters", "kept_buffers", "lora_parameters"]
 
 
 class AdapterError(FedError, ValueError):
@@ -49,17 +49,18 @@ def all_parameters(model: nn.Module, keep_local: Collection[str]) -> tuple[Tenso
     return shared, kept
 
 
+def kept_buffers(model: nn.Module, keep_local: Collection[str]) -> Tensors:
+    """The persistent buffers that these patterns mean: running statistics of modules that stay, for instance."""
+    lasting = model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in lasting}
+    return {name: buffers[name] for name in buffers if _is_meant((name,), keep_local)}
+
+
 def _meant(names: Mapping[str, Collection[str]], patterns: Collection[str]) -> set[str]:
     """The keys any of whose names, or of the modules above it, any pattern matches."""
     found: set[str] = set()
     for pattern in patterns:
-        here = {
-            key
-            for key, aliases in names.items()
-            if any(
-                fnmatchcase(name, glob) for name in aliases for glob in (pattern, f"{pattern}.*")
-            )
-        }
+        here = {key for key, aliases in names.items() if _is_meant(aliases, (pattern,))}
         if not here:
             raise AdapterError(
                 f"keep_local: {pattern!r} means no parameter here, and what it should keep would leave; "
@@ -67,3 +68,12 @@ def _meant(names: Mapping[str, Collection[str]], patterns: Collection[str]) -> s
             )
         found |= here
     return found
+
+
+def _is_meant(names: Collection[str], patterns: Collection[str]) -> bool:
+    return any(
+        fnmatchcase(name, glob)
+        for name in names
+        for pattern in patterns
+        for glob in (pattern, f"{pattern}.*")
+    )

@@ -171,3 +171,12 @@ def test_silos_whose_own_layers_differ_have_one_fingerprint(tokenizer):
     assert prints[0] != fingerprint(theirs, tokenizer, None)
     nn.init.ones_(mine.get_parameter("transformer.h.0.ln_1.bias"))
     assert fingerprint(mine, tokenizer, None, keep_local=keep) != prints[1]
+
+
+def test_running_statistics_are_each_silos_own_where_their_layer_is(tokenizer):
+    mine, theirs = (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(2))
+    theirs.load_state_dict(mine.state_dict())
+    mine(torch.randn(9, 2))
+    prints = [fingerprint(model, tokenizer, None, keep_local=["1"]) for model in (mine, theirs)]
+    assert prints[0] == prints[1]
+    assert fingerprint(mine, tokenizer, None) != fingerprint(theirs, tokenizer, None)

@@ -88,6 +88,24 @@ def test_an_adapters_layers_stay_as_well(changes):
     assert_same(lora_arrays(mine), {name: shared.get(name, before[name]) for name in before})
 
 
+def normed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+
+
+def test_the_running_statistics_of_layers_that_stay_are_saved_with_them():
+    mine, again = normed(), normed()
+    keep = ["1"]
+    mine(torch.randn(9, 2))
+    assert_same(snapshot(full_arrays(mine)), snapshot(full_arrays(again)))
+    own = snapshot(local_arrays(mine, keep))
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert list(own) == [f"1.{name}" for name in names]
+    load_local(again, own, keep)
+    assert_same(local_arrays(again, keep), own)
+    assert not again.get_buffer("2.running_mean").any()
+
+
 # A look at a new model before it is adopted
 
 
@@ -130,3 +148,14 @@ def test_on_trial_tied_weights_stay_tied_and_local_layers_stay():
         trial = logits(model)
     load_full(model, full_arrays(other, keep_local=keep), keep_local=keep)
     assert torch.equal(logits(model), trial)
+
+
+def test_a_look_in_training_mode_leaves_no_statistics_of_other_weights():
+    model, other = normed(), normed()
+    model(torch.randn(9, 2))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with suppress(ZeroDivisionError), full_on_trial(model, full_arrays(other)):
+        model(torch.randn(9, 2) + 5)
+        raise ZeroDivisionError
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
