@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from aiordma import AiordmaError
 from fedllm.bench import command as bench
 from fedllm.config import RunConfig
-from fedllm.demo import consent, parser
+from fedllm.demo import consent, parser, wording
 from fedllm.demo.events import Report, Said, json_lines
 from fedllm.demo.leash import hold_leash
 from fedllm.demo.preflight import check_base, check_host
@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if foreign is not None:
             raise
         for error in _leaves(mendable):
-            sys.stderr.write(f"fedllm: {error}\n")
+            sys.stderr.write(f"fedllm: {wording.printable(str(error))}\n")
         return 1
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedllm.demo.events import Event, Judged, Listening, RoundDone, Said, Step, Wrote
 from fedllm.demo.verdict import UNION, Verdict
+from fedllm.demo.wording import printable
 
 PIPE_COLUMNS = 100
 
@@ -77,7 +78,7 @@ class Screen:
 
     def say(self, text: str, *, style: str | None = None) -> None:
         """One line of text, unwrapped, so that a path can be copied."""
-        self.console.print(escape(text), style=style, soft_wrap=True)
+        self.console.print(_shown(text), style=style, soft_wrap=True)
 
     def show_verdict(self, verdict: Verdict) -> None:
         """The table of perplexities and what follows from it."""
@@ -113,6 +114,10 @@ class Screen:
         self._progress.refresh()  # else what is printed next is drawn above the old bars
 
 
+def _shown(text: str) -> str:
+    return escape(printable(text))
+
+
 def _round_table(event: RoundDone) -> Table:
     table = Table(
         title=f"round {event.round} of {event.rounds}, {event.seconds:.1f} s",
@@ -125,8 +130,8 @@ def _round_table(event: RoundDone) -> Table:
         table.add_column(column, justify="right")
     for row in event.silos:
         table.add_row(
-            escape(row.silo),
-            escape(row.status),
+            _shown(row.silo),
+            _shown(row.status),
             f"{row.bytes:,}",
             f"{row.seconds:.4f}",
             f"{row.gb_per_s:.3f}",

@@ -1,4 +1,17 @@
-"""What the command line says of itself."""
+"""What the command line says of itself, and how it shows what others say."""
+
+
+def printable(text: str) -> str:
+    """Text that may be a peer's, for a terminal: what would command it is spelt out, and no line but the first one
+    begins at the margin, where it could be taken for a line of ours."""
+    return "".join(
+        "\n    " if one == "\n" else one if one.isprintable() else _spelt_out(one) for one in text
+    )
+
+
+def _spelt_out(one: str) -> str:
+    return one.encode("unicode_escape").decode()
+
 
 DESCRIPTION = """\
 Several machines ("silos") train one language model together, and no text leaves any of them:

@@ -1,6 +1,7 @@
 """The command line: help, complaints, and what a server and a silo of the demo say of each other."""
 
 import asyncio
+import io
 import math
 import re
 import subprocess
@@ -11,13 +12,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 import fedllm
 from fedllm.__main__ import main
-from fedllm.demo.events import Event, Listening, Said
+from fedllm.demo import joining
+from fedllm.demo.events import Event, Listening, RoundDone, Said, SiloRow
 from fedllm.demo.joining import _assignment
 from fedllm.demo.learner import prepare_learner
 from fedllm.demo.model import Base
+from fedllm.demo.screen import Screen
 from fedllm.demo.serving import ServeOptions, _serve
 from fedllm.demo.training import Assignment
 from fedllm.errors import FedError
@@ -80,6 +84,31 @@ def test_a_missing_base_is_one_line(tmp_path: Path, capsys):
     complaint = capsys.readouterr().err
     assert complaint.startswith("fedllm: no base model at")
     assert complaint.count("\n") == 1
+
+
+COMMANDING = "\x1b]0;owned\x07\x1b[2J\r\u202eno\nfedllm: all is [bold]well\x9b"
+HARMLESS = r"\x1b]0;owned\x07\x1b[2J\r\u202eno" + "\n    fedllm: all is [bold]well" + r"\x9b"
+
+
+def test_what_a_server_says_commands_no_terminal(monkeypatch, capsys, tmp_path: Path):
+    def refused(*_: object) -> None:
+        raise fedllm.JoinRefused(COMMANDING)
+
+    monkeypatch.setattr(joining, "take_part", refused)
+    words = ["--server", "h:1", "--name", "a", "--base", str(tmp_path), "--text", "c", "--json"]
+    assert main(["join", *words]) == 1
+    assert capsys.readouterr().err == f"fedllm: {HARMLESS}\n"
+
+
+def test_what_a_peer_says_commands_no_screen():
+    file = io.StringIO()
+    screen = Screen(Console(file=file, force_terminal=True, color_system=None, width=200))
+    screen.show("bank", Said(f"refused: {COMMANDING}"))
+    row = SiloRow(silo=COMMANDING, status="committed", bytes=1, seconds=1.0)
+    screen.show("server", RoundDone(round=1, rounds=2, seconds=1.0, silos=(row,)))
+    assert f"bank: refused: {HARMLESS}\n" in file.getvalue()
+    own = re.compile("\x1b\\[[0-9;]*m|\n")  # rich's own: bold, italic
+    assert own.sub("", file.getvalue()).isprintable()
 
 
 def test_without_its_extra_it_says_what_to_install(tmp_path: Path):
