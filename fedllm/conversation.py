@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Coroutine, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 
 from aiordma import Channel, ChannelError, MessageError, Outgoing, Transfer, TransferError
 from fedllm.door import turn_away
-from fedllm.errors import ServerLost
+from fedllm.errors import JournalError, ServerLost
 from fedllm.journal import Journal
 from fedllm.memory import Memory
 from fedllm.messages import FROM_SERVER, Commit, Decline, Ready, ServerMessage, is_for
 from fedllm.policy import Policy
+from fedllm.threads import run_in_thread
 
 __all__ = ["Conversation", "server_lost"]
 
@@ -68,23 +70,26 @@ class Conversation:
     ) -> bool:
         """Whether the update was taken whole. If not, the server says what comes next.
 
-        The journal has two lines of it: with these `facts` before, and behind whether it was acknowledged.
+        The journal has two lines of it, however it ends: with these `facts` before, and behind whether it was taken.
         """
-        await self._note("upload", {**meta, **facts})
         try:
+            await self._note("upload", {**meta, **facts})
             reason = await self._send(outgoing, meta)
-        except ServerLost as exc:
-            await self._note("uploaded", {**meta, "acknowledged": False, "reason": str(exc)})
+        except JournalError:
             raise
-        is_taken = not reason
-        await self._note("uploaded", {**meta, "acknowledged": is_taken, "reason": reason})
-        return is_taken
+        except BaseException as exc:
+            why = str(exc) or "it was given up here"
+            await self._note("uploaded", {**meta, "acknowledged": False, "reason": why})
+            raise
+        await self._note("uploaded", {**meta, "acknowledged": not reason, "reason": reason})
+        return not reason
 
     async def _send(self, outgoing: Outgoing, meta: Mapping[str, int]) -> str:
         """Why an update was not taken whole; empty if it was."""
 
         async def send() -> bool:
-            await self._channel.send_tensors(outgoing, meta=meta)
+            # A few chunks are acknowledged before anybody has looked at them: they may still be refused.
+            await self._channel.send_tensors(outgoing, meta=meta, confirm=True)
             return True
 
         try:
@@ -115,7 +120,8 @@ class Conversation:
 
     async def _note(self, event: str, facts: Mapping[str, Any]) -> None:
         if self._journal is not None:
-            await asyncio.to_thread(self._journal.write, event, **facts)
+            write = partial(self._journal.write, event, **facts)
+            await run_in_thread(lambda stop: write())  # cancelled, the next line waits for this one
 
     async def _next_weights(self, ticket: int, memory: Memory | None) -> dict[str, NDArray[Any]]:
         offered = self._offered

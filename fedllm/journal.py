@@ -24,16 +24,19 @@ class Journal:
 
     def __init__(self, path: Path, silo: str) -> None:
         """Silos, and the ranks of one, may write to the same file."""
+        self.rank: int | None = None
+        """Of a sharded silo: in each line, once it is set."""
         self._path = path
         self._silo = silo
 
     def write(self, event: str, **facts: Any) -> None:
-        """Add a line: the time (UTC), the silo, the event, its facts. Raises `JournalError`.
+        """Add a line: the time (UTC), the silo and rank, the event, its facts. Raises `JournalError`.
 
         What JSON has no word for, which a server may well send, is written as Python's `repr` has it.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        record = {"time": time, "silo": self._silo, "event": event, **facts}
+        rank = {} if self.rank is None else {"rank": self.rank}
+        record = {"time": time, "silo": self._silo, **rank, "event": event, **facts}
         try:
             self._append(msgspec.json.encode(record, enc_hook=repr) + b"\n")
         except OSError as exc:

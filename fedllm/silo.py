@@ -91,6 +91,8 @@ class Silo:
         """Where that for the weights of each round comes from: to be set before them. None: the system."""
         self._policy = policy
         self._journal = journal
+        if journal is not None and shard is not None:
+            journal.rank = shard.rank
         self._talk = Conversation(channel, policy, journal)
         self._unanswered: int | None = None
         """The ticket of the last task, until it has its Ready or Decline."""
@@ -232,7 +234,7 @@ class Silo:
             self._unanswered = None
 
     async def describe(self, outgoing: Outgoing) -> dict[str, Any]:
-        """What the journal says of an update. It reads all of it, and so belongs before READY: then the server
+        """What the journal says of an update. It reads all of it, and so belongs before READY: later the server
         waits, and not for ever."""
         if self._journal is None:
             return {}
@@ -240,7 +242,7 @@ class Silo:
         ordered = sorted(outgoing.manifest.tensors, key=lambda spec: spec.offset)
         tensors = {spec.name: [spec.dtype, spec.shape] for spec in ordered}
         size = outgoing.manifest.total_bytes
-        return {"run": self.run, "bytes": size, "sha256": digest, "tensors": tensors}
+        return {"run": self.run, "bytes": size, "sha256_at_ready": digest, "tensors": tensors}
 
     async def deliver(self, task: Task, outgoing: Outgoing, facts: Mapping[str, Any]) -> Report:
         """After READY: upload as often as the server asks, until its verdict. `facts`: as `describe` made them."""

@@ -135,7 +135,8 @@ ROOMS: Mapping[str, str] = {
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",
     "fedllm.policy": "fedllm.errors fedllm.messages",
     "fedllm.journal": "aiordma fedllm.errors fedllm.checkpoint",
-    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.door fedllm.policy fedllm.journal",
+    "fedllm.conversation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.door fedllm.policy fedllm.journal"
+    " fedllm.threads",
     "fedllm.silo": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.kept fedllm.conversation fedllm.policy"
     " fedllm.journal fedllm.threads",
     "fedllm.joining": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.backoff fedllm.kept fedllm.conversation"

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from tests.federation import FINGERPRINT, QUICK, Log, joining, running, server_o
 from tests.harness import cancel, until
 from tests.test_checkpoint import files_of_at_most
 from tests.test_resume import Die, die_in
+from tests.test_sharded_runs import TWO, rank
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -78,12 +80,23 @@ async def test_all_that_leaves_is_there_in_order(tmp_path: Path):
     for number, line in enumerate(line for line in found if line["event"] == "upload"):
         assert (line["round"], line["bytes"]) == (number + 1, len(updates[number]))
         assert line["tensors"] == {"w": ["F32", [5, 3]], "b": ["BF16", [2]]}
-        assert line["sha256"] == hashlib.sha256(updates[number]).hexdigest()
+        assert line["sha256_at_ready"] == hashlib.sha256(updates[number]).hexdigest()
         assert line["run"] == found[1]["run"]
     ends = [line for line in found if line["event"] == "uploaded"]
     assert [(line["round"], line["acknowledged"]) for line in ends] == [(1, True), (2, True)]
     assert [line["accepted"] for line in found if line.get("message") == "Commit"] == [True] * 2
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_ranks_that_share_a_file_say_which_they_are(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    async with running(Log()) as (address, run):
+        await asyncio.gather(*(rank(address, shard, 4, journal=path) for shard in TWO), run)
+    told = [line for line in lines(path) if line["event"] not in ("join", "welcome")]
+    assert {line["rank"] for line in told} == {0, 1}
+    for number in (0, 1):
+        mine = [line["event"] for line in told if line["rank"] == number]
+        assert mine == ["heard", "heard", "said", "heard", "upload", "uploaded", "heard", "heard"]
 
 
 async def test_lines_are_only_ever_added(tmp_path: Path):
@@ -161,14 +174,16 @@ async def test_a_server_that_wants_no_such_silo_is_written_down(tmp_path: Path):
 
 
 @asynccontextmanager
-async def uploading(path: Path, update: dict[str, Any]) -> AsyncIterator[tuple[Channel, Any]]:
+async def uploading(
+    path: Path, update: dict[str, Any], **options: Any
+) -> AsyncIterator[tuple[Channel, Any]]:
     """A silo with a journal in a round of which the test is the server; its submission, before the upload."""
     async with aiordma.listen(config=QUICK) as listener:
         accepting = asyncio.ensure_future(listener.accept())
         async with aiordma.connect(*listener.address, config=QUICK) as channel:
             async with (
                 await accepting as server,
-                Silo(channel, "a", journal=Journal(path, "a")) as silo,
+                Silo(channel, "a", journal=Journal(path, "a"), **options) as silo,
             ):
                 waiting = asyncio.ensure_future(anext(silo.rounds()))
                 await server.send(Task(1, 7, {}))
@@ -216,7 +231,7 @@ async def test_each_attempt_has_its_end_and_the_update_is_digested_once(
     assert [(line["event"], line["attempt"]) for line in ends] == [
         (event, attempt) for attempt in (1, 2, 3) for event in ("upload", "uploaded")
     ]
-    assert [line["sha256"] for line in ends[::2]] == ["d"] * 3
+    assert [line["sha256_at_ready"] for line in ends[::2]] == ["d"] * 3
     assert [line["acknowledged"] for line in ends[1::2]] == [False, False, True]
     assert "not now" in ends[1]["reason"]
     assert "Upload of the server came first" in ends[3]["reason"]
@@ -234,6 +249,67 @@ async def test_an_upload_amid_which_the_server_is_lost_is_not_acknowledged(tmp_p
     end = lines(path)[-1]
     assert (end["event"], end["acknowledged"]) == ("uploaded", False)
     assert "the connection to the server is gone" in end["reason"]
+
+
+async def test_an_upload_that_is_given_up_here_has_its_end_too(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    async with uploading(path, LARGE) as (server, submitting):
+        await server.send(Upload(7, 1))
+        async with contextlib.aclosing(server.incoming()) as transfers:
+            await anext(transfers)
+        await cancel(submitting)
+    end = lines(path)[-1]
+    assert (end["event"], end["attempt"], end["acknowledged"]) == ("uploaded", 1, False)
+    assert end["reason"] == "it was given up here"
+
+
+@pytest.mark.parametrize("is_cancelled_twice", [False, True])
+async def test_a_line_that_is_being_written_comes_before_the_next_one(
+    is_cancelled_twice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, write = tmp_path / "journal.jsonl", Journal.write
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slowly(journal: Journal, event: str, **facts: Any) -> None:
+        if event == "upload":
+            begun.set()
+            assert may_end.wait(10)
+        write(journal, event, **facts)
+
+    monkeypatch.setattr(Journal, "write", slowly)
+    async with uploading(path, LARGE) as (server, submitting):
+        await server.send(Upload(7, 1))
+        await asyncio.to_thread(begun.wait, 10)
+        submitting.cancel()
+        if is_cancelled_twice:
+            await asyncio.sleep(0)
+            submitting.cancel()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        assert server.stats().received_bytes == 0
+    assert [line["event"] for line in lines(path)][-2:] == ["upload", "uploaded"]
+
+
+SMALL = {"w": np.zeros(4, np.float32)}
+
+
+async def test_an_update_that_is_refused_unseen_is_not_acknowledged(tmp_path: Path):
+    """It lies in the server's slots, whole, before anybody has looked at it."""
+    path = tmp_path / "journal.jsonl"
+    async with uploading(path, SMALL) as (server, submitting):
+        await server.send(Upload(7, 1))
+        async with contextlib.aclosing(server.incoming()) as transfers:
+            transfer = await anext(transfers)
+        await server.ping()  # the silo has heard that all of it is there
+        await transfer.refuse("of another model")
+        await until(lambda: lines(path)[-1]["event"] == "uploaded")
+        await server.send(Commit(7, False, "of another model"))
+        report = await submitting
+    assert (report.accepted, report.bytes) == (False, 0)
+    (end,) = [line for line in lines(path) if line["event"] == "uploaded"]
+    assert end["acknowledged"] is False
+    assert "of another model" in end["reason"]
 
 
 @pytest.mark.parametrize("full_at", ["join", "said", "upload"])
