@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aiordma import Channel, ChannelError
+from aiordma import Channel, ChannelError, Transfer
 from fedllm import (
     Aligned,
     EvaluationTask,
@@ -43,6 +43,29 @@ async def test_a_round_with_a_sharded_silo_is_bit_for_bit_that_of_plain_ones():
     parts = [sum(array.nbytes for array in shard.part_of(B).values()) for shard in TWO]
     assert [report.accepted for report in seen] == [True, True]
     assert [report.bytes for report in seen] == [parts[0], parts[1] - replicas]
+
+
+async def test_ranks_upload_side_by_side(monkeypatch: pytest.MonkeyPatch):
+    """The first one's upload has begun, and ends only when that of the second is through."""
+    has_begun, is_through, receive = asyncio.Event(), asyncio.Event(), Transfer.into
+
+    async def hold_back_the_first(transfer: Transfer, buffers: Update) -> None:
+        is_first = len(buffers["wide"]) == 2001
+        if is_first:
+            has_begun.set()
+            await is_through.wait()
+        else:
+            await has_begun.wait()
+        await receive(transfer, buffers)
+        is_through.set()
+
+    monkeypatch.setattr(Transfer, "into", hold_back_the_first)
+    async with members(TWO) as (ranks, (zero, one)):
+        acts = [asyncio.ensure_future(rank(sends(B))) for rank in (zero, one)]
+        async with asyncio.timeout(5):
+            result = await run_round({"r": ranks}, ZERO, round=1, strategy=FedAvg(), min_silos=1)
+        assert [report.accepted for report in await asyncio.gather(*acts)] == [True, True]
+    assert bits(result.weights) == bits(B)
 
 
 Act = Callable[[Behaviour], Awaitable[Any]]
