@@ -57,12 +57,18 @@ def add_options(parser: Any) -> None:
 
 
 def policy_of(allowed: Iterable[tuple[str, Rule]], *, tells_examples: bool) -> Policy:
-    """The silo's policy. Raises `SettingError` for a rule on what no server asks."""
+    """The silo's policy. Raises `SettingError` for a rule on what no server asks, or one that goes beyond `RULES`."""
     given = dict(allowed)
     if unknown := sorted(given.keys() - RULES.keys()):
         raise SettingError(
             f"--allow {unknown[0]}: what a server asks for is {', '.join(RULES)}, and nothing else"
         )
+    for name, rule in given.items():
+        values = (rule.low, rule.high) if isinstance(rule, Between) else rule.values
+        if not all(RULES[name].allows(value) for value in values):
+            raise SettingError(
+                f"--allow {name}: {rule} goes beyond what a silo does at all, which is {RULES[name]}"
+            )
     return Policy(arguments={**RULES, **given}, tells_weight=tells_examples)
 
 
@@ -83,7 +89,9 @@ def preview(
     yield f"in all {len(manifest.tensors)} tensors, {manifest.total_bytes:,} bytes, and with them the training's loss;"
     yield f"{examples}the number of examples. If the server has its model judged: the loss on held-out text"
     digests = ", ".join(f"{what} {digest}" for what, digest in fingerprint.items())
-    yield f"once, as it joins: the name {name!r}, and digests that must equal the server's: {digests}"
+    yield f"once, as it joins: the name {name!r}, digests that must equal the server's: {digests};"
+    yield "and a key drawn by chance, by which the server knows this silo when it comes back"
     yield "the server may ask for this, and nothing else (a task that does is declined); it sends numbers, never code:"
     for what, rule in (policy.arguments or {}).items():
         yield f"  {what}: {rule}"
+    yield "if a task is declined the server is told why, in words that quote the rule, or the error, against it"

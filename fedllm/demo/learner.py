@@ -27,7 +27,7 @@ from fedllm.adapters import (
 )
 from fedllm.demo.model import Base
 from fedllm.demo.publish import publish
-from fedllm.errors import CheckpointError
+from fedllm.errors import CheckpointError, SettingError
 
 Mode = Literal["lora", "full"]
 MODES: tuple[Mode, ...] = ("lora", "full")
@@ -105,9 +105,16 @@ def prepare_learner(
 ) -> Learner:
     """Make `base` trainable: a seeded, untrained adapter over frozen weights, or all weights.
 
-    `base.model` is changed in place (that is peft's way); an untrained adapter computes nothing.
+    `base.model` is changed in place (that is peft's way); an untrained adapter computes nothing. Raises
+    `SettingError` if `keep_local` leaves nothing to share.
     """
-    local = tuple(keep_local)
+    learner = _learner(base, mode, seed, tuple(keep_local))
+    if not learner.arrays():
+        raise SettingError(f"keep_local {' '.join(learner.keep_local)} leaves nothing to share")
+    return learner
+
+
+def _learner(base: Base, mode: Mode, seed: int, local: tuple[str, ...]) -> Learner:
     if mode == "full":
         prints = fingerprint(base.model, base.tokenizer, None, keep_local=local)
         return Learner(base, base.model, prints, local)

@@ -77,6 +77,10 @@ def test_a_dry_run_shows_what_would_leave_and_speaks_to_nobody(silo: list[str], 
     assert "  recipe.steps: 1 to 200" in said
     assert "  recipe.decays: False" in said
     assert "  seed: 0 to 18446744073709551615" in said
+    assert (
+        "and a key drawn by chance, by which the server knows this silo when it comes back" in said
+    )
+    assert said[-1].startswith("if a task is declined the server is told why, in words that quote")
 
 
 def test_a_dry_run_asks_nobody_for_a_base_that_is_a_name(tmp_path: Path):
@@ -96,6 +100,24 @@ def test_what_no_server_asks_cannot_be_allowed():
         SettingError, match=r"--allow recipe\.lr: what a server asks for is recipe\.s"
     ):
         policy_of([arguments.rule("recipe.lr=1")], tells_examples=False)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "recipe.steps=1..5000000",
+        "recipe.steps=0..5",
+        "recipe.steps=true..5",
+        "recipe.batch=true",
+        "recipe.batch=4,5000",
+        "recipe.decays=0..1",
+        "recipe.decays=0",
+    ],
+)
+def test_a_rule_narrows_and_never_widens(word: str):
+    name = word.partition("=")[0]
+    with pytest.raises(SettingError, match=rf"^--allow {name}: .* what a silo does at all, which"):
+        policy_of([arguments.rule(word)], tells_examples=False)
 
 
 @pytest.mark.parametrize("word", ["a", "a=", "a=1..", "a=2..1", "a=x", "a=1,,2", "a=[1]", "a=1..x"])

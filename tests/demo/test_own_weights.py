@@ -8,11 +8,19 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedllm import EvaluationTask, Federation, QuorumNotReached, RunConfig, RunFailed, join
+from fedllm import (
+    EvaluationTask,
+    Federation,
+    QuorumNotReached,
+    RunConfig,
+    RunFailed,
+    SettingError,
+    join,
+)
 from fedllm.adapters import Arrays
 from fedllm.demo.events import Event, Said
 from fedllm.demo.joining import JoinOptions, _Silo
-from fedllm.demo.learner import Learner, prepare_learner
+from fedllm.demo.learner import Learner, Mode, prepare_learner
 from fedllm.demo.model import Base
 from fedllm.demo.training import Assignment, Tokens
 from tests.demo.conftest import RECIPE, make_tiny
@@ -107,6 +115,12 @@ async def test_what_a_silo_judges_it_does_not_adopt():
     assert metrics["loss"] == pytest.approx(np.log(vocabulary))
     for name, array in silo._learner.arrays().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_silo_that_keeps_all_to_itself_takes_no_part(mode: Mode):
+    with pytest.raises(SettingError, match=r"^keep_local \* leaves nothing to share$"):
+        prepare_learner(make_tiny(), mode, seed=0, keep_local=["*"])
 
 
 async def test_layers_of_its_own_never_reach_the_server_and_outlive_the_silos_process(
