@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 from aiordma.chunk import Chunk
@@ -101,13 +102,14 @@ class Port:
         self._staged[plan.transfer, plan.offset] = stage
         return [stage[: plan.length]]
 
-    def sent(self, header: ChunkHeader) -> None:
-        """The chunk is out of the lane's hands."""
-        # By no means by its slot: the peer may have given that back, and another chunk may be in it.
-        stage = self._staged.pop((header.transfer, header.offset), None)
-        if stage is not None:
-            self._stages.append(stage)
-        self._owner.sent(header.transfer)
+    def sent(self, headers: Sequence[ChunkHeader]) -> None:
+        """These chunks are out of the lane's hands."""
+        for header in headers:
+            # By no means by its slot: the peer may have given that back, and another chunk may be in it.
+            stage = self._staged.pop((header.transfer, header.offset), None)
+            if stage is not None:
+                self._stages.append(stage)
+            self._owner.sent(header.transfer)
         self._owner.fill(self)
 
     def copied(self, nbytes: int) -> None:

@@ -118,11 +118,11 @@ class ReorderingLane:
         assert self._handler is not None
         self._handler.arrived(header)
 
-    def sent(self, header: ChunkHeader) -> None:
+    def sent(self, headers: Sequence[ChunkHeader]) -> None:
         assert self._handler is not None
         # The lane within makes room only after this.
         self._loop.call_soon(self._pump)
-        self._handler.sent(header)
+        self._handler.sent(headers)
 
     def copied(self, nbytes: int) -> None:
         assert self._handler is not None
@@ -195,8 +195,8 @@ class LaneUser:
             self.peer.slots.append(header.slot)
             self.peer.send()
 
-    def sent(self, header: ChunkHeader) -> None:
-        self.events.append(("sent", header._replace(slot=0)))
+    def sent(self, headers: Sequence[ChunkHeader]) -> None:
+        self.events += [("sent", header._replace(slot=0)) for header in headers]
         self.send()
 
     def copied(self, nbytes: int) -> None:

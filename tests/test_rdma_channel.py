@@ -230,3 +230,27 @@ async def test_slots_that_are_used_again_before_their_chunk_was_told(pair: Pair)
     device.wire.acknowledge()
     assert np.array_equal(await receiving, noise(100 * SLOT))
     await sending
+
+
+async def test_room_that_credits_took_is_used_when_it_comes_back() -> None:
+    """No chunk is under way then, whose completion would tell."""
+    configs = (ChannelConfig(slot_bytes=SLOT, slots=slots) for slots in (4, 256))
+    async with nothing_left(), channel_pair("rdma", *configs) as (near, far):
+        wire, (port,) = queue_pair(far).wire, far._link.ports
+        receiving = asyncio.create_task(near.recv_tensor())  # claimed in advance
+        await round_trips(near, far)
+        wire.withholds_acks = True
+        sending = asyncio.create_task(near.send_tensor(noise(190 * SLOT)))
+        transfer = await anext(far.incoming())
+        async for chunk in transfer.chunks():
+            chunk.release()
+            await turns(3)  # a CREDIT for each
+        await sending
+        assert port.lane.room == 0
+        back = noise(10 * SLOT)
+        returning = asyncio.create_task(far.send_tensor(back))
+        await round_trips(near, far)
+        wire.withholds_acks = False
+        wire.acknowledge()
+        assert np.array_equal(await receiving, back)
+        await returning

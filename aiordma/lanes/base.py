@@ -24,8 +24,9 @@ class LaneHandler(Protocol):
     def arrived(self, header: ChunkHeader) -> None:
         """The whole payload is where `place` said."""
 
-    def sent(self, header: ChunkHeader) -> None:
-        """The lane needs the payload's memory no more, and has room for another chunk."""
+    def sent(self, headers: Sequence[ChunkHeader]) -> None:
+        """The lane needs the payloads of these no more, and may have room again; of none, if it was for other frames
+        that room was short."""
 
     def copied(self, nbytes: int) -> None:
         """The lane copied so much of a payload."""

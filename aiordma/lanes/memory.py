@@ -88,7 +88,7 @@ class MemoryLane:
         if not isinstance(item, int):
             self._chunks -= 1
             if self._handler is not None:
-                self._handler.sent(item[0])
+                self._handler.sent([item[0]])
         self._schedule()
 
     def _ended(self) -> None:

@@ -233,9 +233,8 @@ class RdmaLane:
         self.probe.was_sent(completion.wr_id)
         if invalidated := self._outbox.take_invalidated():
             self.windows.invalidated(invalidated)
-        for header in headers:
-            if self._handler is not None and not self._is_over:
-                self._handler.sent(header)
+        if self._handler is not None and not self._is_over:
+            self._handler.sent(headers)
 
     def _came(self, completion: Completion) -> None:
         immediate = socket.ntohl(completion.imm_data)

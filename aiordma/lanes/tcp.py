@@ -138,7 +138,7 @@ class TcpLane:
             turn -= n
             header = self._writer.advance(n)
             if header is not None and self._handler is not None:
-                self._handler.sent(header)
+                self._handler.sent([header])
                 if self._is_closed:
                     return True
         return True
