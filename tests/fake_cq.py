@@ -175,9 +175,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.is_busy = False
+        """Whether it wants more ticks."""
         self.batches: list[list[int]] = []
         self.losses: list[Exception] = []
         self.then: Callable[[], None] = lambda: None
+
+    def ticked(self, tick_s: float) -> bool:
+        return self.is_busy
 
     def completed(self, batch: Sequence[Completion]) -> None:
         self.batches.append([entry.wr_id for entry in batch])

@@ -41,6 +41,8 @@ class Wire:
         self.has_failed = False
         self.is_gone = False
         self.is_held = False
+        self.is_asleep = False
+        """As soft-RoCE is when it misses that it may go on: until the next doorbell."""
         self.withholds_acks = False
         """The peer has it, and the sender does not know."""
         self._owner = owner
@@ -63,6 +65,7 @@ class Wire:
         count = sum(map(_requests, batch))
         if self.is_gone or self._taken + count > self.depth:
             raise OSError(errno.ENOMEM, "the send queue is full")
+        self.is_asleep = False
         self._taken += count
         self._owner.counts.work_requests += count
         # A device knows addresses, and keeps nothing alive.
@@ -95,13 +98,13 @@ class Wire:
             self._loop.call_soon(self._flush, status)
 
     def _schedule(self) -> None:
-        if self._posted and not (self._is_scheduled or self.is_held):
+        if self._posted and not (self._is_scheduled or self.is_held or self.is_asleep):
             self._is_scheduled = True
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
         self._is_scheduled = False
-        if not self.is_held:
+        if not (self.is_held or self.is_asleep):
             self.carry(self._owner.device.frames_a_turn)
             self._schedule()
 

@@ -116,6 +116,13 @@ class Conversation(RuleBasedStateMachine):
             assert not self.outbox._waiting
             assert self.is_due or not self.untold or self.peer_owes
 
+    @precondition(lambda self: self.queue)
+    @rule()
+    def remind(self) -> None:
+        """Whatever is under way, a completion tells of it from now on."""
+        self.queue += self.outbox.remind()
+        assert self.queue[-1].is_signalled or self.is_due
+
     @rule(transfer=st.integers(1, 3))
     def recall(self, transfer: int) -> None:
         """A completion tells when its memory is free, whatever the peer does, and whatever else is sent."""
@@ -258,7 +265,7 @@ class Conversation(RuleBasedStateMachine):
         assert taken <= self.depth - 2, "an END and a marker must still fit"
         if not self.is_due:
             assert taken < self.depth // 4 + MAX_PIECES + 1, "it would never be emptied"
-        assert self.outbox.is_busy == self.is_due
+        assert self.outbox.is_busy == bool(self.queue)
 
     @invariant()
     def no_stage_is_lost_or_used_twice(self) -> None:

@@ -254,3 +254,36 @@ async def test_room_that_credits_took_is_used_when_it_comes_back() -> None:
         wire.acknowledge()
         assert np.array_equal(await receiving, back)
         await returning
+
+
+# Devices that tell nothing
+
+
+def tick(channel: Channel) -> None:
+    """What the completion pump does now and then."""
+    queue_pair(channel).device.pump._tick()
+
+
+@pytest.mark.parametrize("is_registered", [False, True])
+@pytest.mark.parametrize("chunks", [6, 12, 37])
+async def test_a_device_that_sleeps_until_the_next_doorbell(
+    pair: Pair, chunks: int, is_registered: bool
+) -> None:
+    near, far = pair
+    device, array = queue_pair(near), noise(chunks * SLOT)
+    if is_registered:
+        near.register(array)
+    receiving = asyncio.create_task(far.recv_tensor())
+    sending = asyncio.create_task(near.send_tensor(array))
+    await until(lambda: near.stats().sent_chunks == chunks)
+    device.wire.hold()
+    await until(lambda: device.wire._posted)
+    device.wire.is_asleep = True
+    device.wire.hold(False)
+    await round_trips(near, far)
+    assert device.wire._posted
+    assert not sending.done()
+    for _ in range(2):
+        tick(near)
+    assert np.array_equal(await receiving, array)
+    await sending

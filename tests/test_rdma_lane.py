@@ -122,7 +122,7 @@ async def test_a_recall_asks_for_a_completion_where_none_was_due(ends):
 @pytest.mark.parametrize("ends", [False, True], indirect=True, ids=["window", "no window"])
 async def test_the_path_is_probed_both_ways_before_the_start(ends):
     await asyncio.gather(*(end.rdma.expose() for end in ends))
-    assert not any(end.rdma.is_busy for end in ends)
+    assert not any(end.rdma.ticked(0.0) for end in ends)
     async with asyncio.timeout(5):
         await asyncio.gather(*(end.rdma.send_probe(4096) for end in ends))
     assert all(end.rdma.probe.is_well for end in ends)

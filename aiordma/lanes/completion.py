@@ -75,9 +75,8 @@ class CompletionQueue(Protocol):
 class CompletionHandler(Protocol):
     """Whom the completions of one queue pair are for."""
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a completion is bound to come, so that the queue is worth a look without an event."""
+    def ticked(self, tick_s: float) -> bool:
+        """The queue was looked at without an event, `tick_s` after the last time. Whether to look again."""
 
     def completed(self, batch: Sequence[Completion]) -> None:
         """These completions came, in this order.
@@ -91,6 +90,8 @@ class CompletionHandler(Protocol):
 
 
 Q = TypeVar("Q", bound=CompletionQueue)
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 class CompletionPump(Generic[Q]):
@@ -110,7 +111,7 @@ class CompletionPump(Generic[Q]):
         """`open_queue(entries)` makes a CQ that holds at least so many; what it raises, `reserve` raises.
 
         Should a driver lose an event, a look at the queues every `tick_s` finds what it was for. It is taken
-        only while a handler is busy or completions come, and once after.
+        only while a handler wants it or completions come, and once after.
         """
         self._loop = asyncio.get_running_loop()
         self._open_queue = open_queue
@@ -183,13 +184,13 @@ class CompletionPump(Generic[Q]):
             )
 
     def watch(self) -> None:
-        """Tick until nothing moves and no handler is busy."""
+        """Tick until nothing moves and no handler wants it."""
         if self._timer is None:
             self._timer = self._loop.call_later(self._tick_s, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
-        if sum(queue.tick() for queue in self._queues):  # all of them are asked
+        if sum(queue.tick(self._tick_s) for queue in self._queues):  # all of them are asked
             self.watch()
 
 
@@ -221,7 +222,7 @@ class Reservation(Generic[Q]):
         self._qp_num = qp_num
 
     def watch(self) -> None:
-        """The handler is busy: look after the queue until it is not. Raises `OSError` if that has failed."""
+        """Look after the queue as long as the handler wants. Raises `OSError` if that has failed."""
         self._pump.check_loop()
         self._shared.check()
         self._pump.watch()
@@ -246,25 +247,25 @@ class _User:
         self._loop = loop
 
     def deliver(self, batch: Sequence[Completion]) -> None:
-        """Whatever the handler raises is its own affair: the others' completions must go on."""
-        try:
-            self.handler.completed(batch)
-        except Exception as exc:
-            self._report("raised on a completion", exc)
-            self.lose(exc)
+        self._call("a completion", self.handler.completed, batch)
+
+    def ticked(self, tick_s: float) -> bool:
+        return bool(self._call("a tick", self.handler.ticked, tick_s))
 
     def lose(self, exc: Exception) -> None:
-        if self.is_over:
-            return
-        self.is_over = True
-        try:
-            self.handler.lost(exc)
-        except Exception as raised:
-            self._report("raised on being lost", raised)
+        if not self.is_over:
+            self.is_over = True
+            self._call("being lost", self.handler.lost, exc)
 
-    def _report(self, what: str, exc: Exception) -> None:
-        message = f"{type(self.handler).__qualname__} {what}"
-        self._loop.call_exception_handler({"message": message, "exception": exc})
+    def _call(self, when: str, call: Callable[[A], R], argument: A) -> R | None:
+        """Whatever the handler raises is its own affair: the others' completions must go on."""
+        try:
+            return call(argument)
+        except Exception as exc:
+            message = f"{type(self.handler).__qualname__} raised on {when}"
+            self._loop.call_exception_handler({"message": message, "exception": exc})
+            self.lose(exc)
+            return None
 
 
 class _SharedQueue(Generic[Q]):
@@ -318,13 +319,12 @@ class _SharedQueue(Generic[Q]):
                 self._schedule()
         self.reserved -= work_requests
 
-    def tick(self) -> bool:
+    def tick(self, tick_s: float) -> bool:
         """Look without an event. Whether to look again later."""
         self._turn(is_tick=True)
         is_moving, self._is_moving = self._is_moving, False
-        return not self._is_stopped and (
-            is_moving or any(user.handler.is_busy for user in self._users.values())
-        )
+        is_wanted = sum(user.ticked(tick_s) for user in list(self._users.values()))
+        return not self._is_stopped and (is_moving or is_wanted > 0)
 
     def stop(self) -> None:
         """No more callbacks."""

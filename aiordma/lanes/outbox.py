@@ -157,8 +157,8 @@ class Outbox:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a completion is due."""
-        return self._completions.is_due
+        """Whether anything is under way."""
+        return bool(self._posted)
 
     def add(self, header: ChunkHeader, parts: Sequence[memoryview]) -> int:
         """Take a chunk for the next batch: by reference if all of it is registered, else copied.
@@ -273,6 +273,10 @@ class Outbox:
         """Something that completes when all before it is done."""
         self._free -= 1
         return [self._hand_out(Frame(0, (), 0, b"", 0, None, is_signalled=True), None)]
+
+    def remind(self) -> list[Frame | WindowWork]:
+        """For a doorbell without news: nothing, if a completion is due for what is under way."""
+        return [] if self._completions.is_due else self._marker()
 
     def mark(self) -> int:
         """A number for one more work request, which the queue pair posts on its own."""

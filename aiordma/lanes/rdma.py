@@ -57,7 +57,7 @@ class QueuePair(Protocol):
         """What to call it in errors: device, port, the numbers of both queue pairs."""
 
     def submit(self, batch: Sequence[Frame | WindowWork]) -> None:
-        """Post all work requests of these with one doorbell, or none of them."""
+        """Post all work requests of these with one doorbell, or none of them. Of nothing: the doorbell alone."""
 
     def post_receives(self, count: int) -> None:
         """Be ready for so many more writes with immediate."""
@@ -91,6 +91,8 @@ class RdmaLane:
         self._watch = watch
         self._handler: LaneHandler | None = None
         self._early: list[Completion] = []
+        self._silent_s = 0.0
+        """Ticks since the device got new work, or told of any."""
         self._sequence = 0
         self._is_scheduled = False
         self._is_started = False
@@ -179,14 +181,21 @@ class RdmaLane:
         self._is_scheduled = False
         self._flush()
 
+    @property
+    def _may_submit(self) -> bool:
+        return self._is_started and not self._is_over and self._closing is None
+
     def _flush(self, *, goes_on: bool = False) -> None:
-        if self._is_started and not self._is_over and self._closing is None:
+        if self._may_submit:
             self._submit(goes_on=goes_on)
 
     def _submit(self, *, goes_on: bool = False) -> None:
         batch = self._outbox.batch(goes_on=goes_on)
-        if not batch:
-            return
+        if batch:
+            self._silent_s = 0.0
+            self._doorbell(batch)
+
+    def _doorbell(self, batch: Sequence[Frame | WindowWork]) -> None:
         try:
             self._qp.submit(batch)
             self._watch()
@@ -195,13 +204,20 @@ class RdmaLane:
 
     # What the completion pump tells
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether completions of ours are due."""
+    def ticked(self, tick_s: float) -> bool:
+        """A device that was silent for a whole tick hears the doorbell again.
+
+        Soft-RoCE needs it: its sending half sleeps while many packets are under way, may miss that they are gone
+        (`need_req_skb` in rxe_req.c and rxe_net.c), and looks up at the next doorbell only.
+        """
+        self._silent_s += tick_s
+        if self._silent_s > tick_s and self._outbox.is_busy and self._may_submit:
+            self._doorbell(self._outbox.remind())
         return self._outbox.is_busy
 
     def completed(self, batch: Sequence[Completion]) -> None:
         """Work of ours is done, or frames of the peer's have come: one doorbell for all that follows from it."""
+        self._silent_s = 0.0
         is_scheduled, self._is_scheduled = self._is_scheduled, True
         for completion in batch:
             try:
