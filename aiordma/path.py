@@ -126,8 +126,8 @@ class RdmaPath:
             )
         for pair, lane, address in zip(self._pairs, self.lanes, addresses, strict=True):
             with _see_doctor():
-                pair.connect(address, rtt_s)
-            await lane.expose()
+                patience_s = pair.connect(address, rtt_s)
+            await lane.expose(patience_s)
             self._large_bytes = min(self._large_bytes, address.mtu_bytes)
 
     async def probe(self, timeout_s: float) -> str:

@@ -287,3 +287,29 @@ async def test_a_device_that_sleeps_until_the_next_doorbell(
         tick(near)
     assert np.array_equal(await receiving, array)
     await sending
+
+
+@pytest.mark.parametrize("end", ["sender", "receiver"])
+async def test_a_device_that_never_tells_what_became_of_its_work(end: str) -> None:
+    """The peer has all, and neither end would wait for anything but this device."""
+    config = ChannelConfig(slot_bytes=SLOT, slots=8, close_timeout_s=0.2)
+    async with nothing_left(), channel_pair("rdma", config) as (near, far):
+        silent = near if end == "sender" else far
+        array, into = noise(20 * SLOT), np.zeros(20 * SLOT, np.uint8)
+        near.register(array)
+        far.register(into)
+        receiving = asyncio.create_task(far.recv_tensor(into=into))
+        sending = asyncio.create_task(near.send_tensor(array, confirm=True))
+        await until(lambda: far.stats().received_chunks == 20)
+        queue_pair(silent).wire.withholds_acks = True
+        await round_trips(near, far)
+        assert not sending.done()
+        with mock.patch("aiordma.port._GRACE_S", 0.0):
+            await until(lambda: tick(silent) or silent.is_closed)
+        match = rf"{queue_pair(silent).name}: the device did not tell within 1\d s"
+        with pytest.raises(ChannelBroken, match=match):
+            await silent.ping()
+        await asyncio.wait([sending, receiving])
+        assert not queue_pair(far).windows
+        for call in (sending, receiving):
+            assert call.exception() is None or isinstance(call.exception(), ChannelBroken)

@@ -160,6 +160,11 @@ class Outbox:
         """Whether anything is under way."""
         return bool(self._posted)
 
+    @property
+    def posted_bytes(self) -> int:
+        """Of the chunks that are under way."""
+        return sum(posted.chunk.header.length for posted in self._posted if posted.chunk)
+
     def add(self, header: ChunkHeader, parts: Sequence[memoryview]) -> int:
         """Take a chunk for the next batch: by reference if all of it is registered, else copied.
 

@@ -37,6 +37,10 @@ EXTRA_RECEIVES: Final = PROBES + 1 + 3 * WINDOWS
 
 _EAGER_BYTES: Final = 256 << 10
 """After copying so much the doorbell is rung, so that the device works while the next chunk is copied."""
+_PATIENCE_S: Final = 10.0
+"""How long a device may be silent over work that is under way, unless its queue pair says otherwise..."""
+_LEAST_BYTES_PER_S: Final = 64 << 10
+"""...and as long again as the chunks among it take at this rate: it need not tell of each."""
 _LINGER_S: Final = 0.5
 """How long a lane that closes waits for its END to arrive."""
 _FLUSH_S: Final = 2.0
@@ -93,6 +97,7 @@ class RdmaLane:
         self._early: list[Completion] = []
         self._silent_s = 0.0
         """Ticks since the device got new work, or told of any."""
+        self._patience_s = _PATIENCE_S
         self._sequence = 0
         self._is_scheduled = False
         self._is_started = False
@@ -134,8 +139,12 @@ class RdmaLane:
             self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
 
-    async def expose(self) -> None:
-        """Open our ring to the peer, before it is told that it may write. Raises `ChannelBroken`."""
+    async def expose(self, patience_s: float = _PATIENCE_S) -> None:
+        """Open our ring to the peer, before it is told that it may write. Raises `ChannelBroken`.
+
+        `patience_s`: within it the device has got a packet through, or given up.
+        """
+        self._patience_s = patience_s
         self._flushed.clear()
         work_id = self._outbox.mark()
         try:
@@ -205,13 +214,18 @@ class RdmaLane:
     # What the completion pump tells
 
     def ticked(self, tick_s: float) -> bool:
-        """A device that was silent for a whole tick hears the doorbell again.
+        """A device that was silent for a whole tick hears the doorbell again, and one that stays silent is lost.
 
         Soft-RoCE needs it: its sending half sleeps while many packets are under way, may miss that they are gone
         (`need_req_skb` in rxe_req.c and rxe_net.c), and looks up at the next doorbell only.
         """
         self._silent_s += tick_s
-        if self._silent_s > tick_s and self._outbox.is_busy and self._may_submit:
+        patience_s = self._patience_s + self._outbox.posted_bytes / _LEAST_BYTES_PER_S
+        if self._outbox.is_busy and self._closing is None and self._silent_s > patience_s:
+            self._unheard(
+                f"the device did not tell within {patience_s:.0f} s what became of its work: it hangs; see dmesg"
+            )
+        elif self._outbox.is_busy and self._may_submit and self._silent_s > tick_s:
             self._doorbell(self._outbox.remind())
         return self._outbox.is_busy
 

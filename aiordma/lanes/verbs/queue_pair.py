@@ -24,6 +24,9 @@ from aiordma.wire.hello import LaneAddress
 
 _RETRIES: Final = 6
 """7 would be for ever, for soft-RoCE even where the specification says that it is seven times."""
+_TIMEOUT_UNIT_S: Final = 4.096e-6
+_SLOWEST: Final = 4
+"""How many times its timeout a device may take to notice that it is over; InfiniBand specification 9.7.6.1.3."""
 
 
 class VerbsQueuePair:
@@ -69,12 +72,16 @@ class VerbsQueuePair:
         far = "nobody" if self._peer is None else f"{self._peer.queue_pair} at {self._peer.gid}"
         return f"{self._choice.port.name}, queue pair {self.number} to {far}"
 
-    def connect(self, peer: LaneAddress, rtt_s: float) -> None:
-        """Go to "ready to send", and be ready to receive. Raises `LaneRefused`."""
+    def connect(self, peer: LaneAddress, rtt_s: float) -> float:
+        """Go to "ready to send", and be ready to receive. Raises `LaneRefused`.
+
+        Returns how many seconds the device goes on trying to get a packet through, at most.
+        """
         self._peer = peer
         with api.refused(f"{self.name} cannot be connected"):
             self._qp.to_rts(self._attributes(peer, rtt_s))
             self.post_receives(self._receives)
+        return _SLOWEST * (_RETRIES + 1) * _TIMEOUT_UNIT_S * 2.0 ** timeout_exponent(rtt_s)
 
     def expose(self, work_id: int) -> bool:
         """Open the ring to the peer; whether a completion will tell that it is."""
@@ -235,13 +242,13 @@ class _Memory:
 
 
 def timeout_exponent(rtt_s: float) -> int:
-    """How long a queue pair waits for an acknowledgement, as ibv_modify_qp(3) has it: 4.096 us << n.
+    """How long a queue pair waits for an acknowledgement, as ibv_modify_qp(3) has it: _TIMEOUT_UNIT_S << n.
 
     Four round trips: below one it would send everything several times. At least a quarter of a second: a peer whose
     processors are busy answers late, and all retries together must outlast that.
     """
     wanted_s = max(0.25, 4 * rtt_s)
-    return min(21, math.ceil(math.log2(wanted_s / 4.096e-6)))
+    return min(21, math.ceil(math.log2(wanted_s / _TIMEOUT_UNIT_S)))
 
 
 def _change(qp: Any, work: WindowWork) -> None:
