@@ -64,6 +64,10 @@ class Aggregation(Protocol):
     def restarts(self) -> int:
         """How often all uploads had to begin anew, because a silo fell out."""
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether an update may come in parts, a sharded silo's: into the `buffers` of a `StagedContribution`."""
+
     def begin(self, name: str, weight: float | None) -> Contribution:
         """A silo's place; all begin before the first update is received.
 

@@ -57,6 +57,9 @@ class Aligned:
     time: keep `slot_bytes` x silos at what a loop may be kept from other things, some 100 MB for 20 ms.
     """
 
+    takes_parts: Final = False
+    """All uploads are of one layout."""
+
     def __init__(
         self,
         like: Arrays,

@@ -80,7 +80,7 @@ class Federation:
         self._weights: Arrays = dict(weights)
         self._strategy: Strategy = FedAvg() if strategy is None else strategy
         # Both raise what a round would raise.
-        self._strategy.aggregation(self._weights)
+        takes_parts = self._strategy.aggregation(self._weights).takes_parts
         prepare(self._weights)
         self._fingerprint = dict(fingerprint)
         self._arguments = check_arguments(arguments or {})
@@ -89,7 +89,9 @@ class Federation:
         self._on_evaluation = on_evaluation
         self._on_silo = on_silo
         self._config = config
-        self._members = Membership(settings, fingerprint, self._weights, self._report)
+        self._members = Membership(
+            settings, fingerprint, self._weights, self._report, takes_parts=takes_parts
+        )
         self._records: list[RoundRecord] = []
         self._progress = Progress()
         self._saved: Progress | None = None

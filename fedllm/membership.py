@@ -78,9 +78,11 @@ class Membership:
         fingerprint: Mapping[str, str],
         like: Arrays,
         on_silo: Callable[[str, str], object] | None,
+        *,
+        takes_parts: bool = True,
     ) -> None:
         """`on_silo` is told of everybody who comes, goes or is refused; see `Federation`. Of the weights `like` only
-        names and shapes matter."""
+        names and shapes matter. `takes_parts`: whether silos may be sharded; see `Aggregation`."""
         self.run = secrets.token_hex(8)
         """The run's name."""
         self.round = 1
@@ -89,6 +91,7 @@ class Membership:
         self._fingerprint = dict(fingerprint)
         self._shapes = {name: array.shape for name, array in like.items()}
         self._on_silo = on_silo
+        self._takes_parts = takes_parts
         self._members: dict[str, _Member] = {}
         self._assembly = Assembly()
         self._left: set[str] = set()
@@ -215,6 +218,10 @@ class Membership:
         """Why this silo is not wanted; None if it is. A silo of its name that is not there any more is dropped."""
         if difference := _difference(self._fingerprint, join.fingerprint):
             return Refused(difference)
+        if join.shard is not None and not self._takes_parts:
+            return Refused(
+                "a sharded silo sends its update in parts, and this server takes whole ones: it needs Staged"
+            )
         while (member := self._members.get(join.name)) is not None:
             if join.key and join.key in member.keys:
                 # What is left of it is a connection whose end was not seen here.

@@ -56,6 +56,8 @@ class Staged:
 
     restarts: Final = 0
     """Updates that are there stay, whoever falls out."""
+    takes_parts: Final = True
+    """A sharded silo's ranks each fill their rows of the buffers."""
 
     def __init__(
         self,

@@ -11,8 +11,10 @@ import pytest
 
 import aiordma
 from fedllm import (
+    Aligned,
     Backoff,
     Evaluation,
+    FedAvg,
     JoinRefused,
     Policy,
     QuorumNotReached,
@@ -237,6 +239,16 @@ async def test_a_name_is_its_ranks_as_soon_as_one_of_them_waits():
         assert not info.value.is_final
         await asyncio.gather(waiting, rank(address, TWO[1], 4), run)
     assert log.lines.count("bank joined") == 1
+
+
+async def test_a_run_that_takes_whole_updates_refuses_a_sharded_silo_before_it_trains():
+    log = Log()
+    async with running(log, strategy=FedAvg(aggregate=Aligned)) as (address, run):
+        with pytest.raises(JoinRefused, match="in parts, and this server takes whole ones") as info:
+            await rank(address, TWO[0], 4)
+        assert info.value.is_final
+        await asyncio.gather(take_part(address, "shop", 1), run)
+    assert list(log.rounds[0].outcomes) == ["shop"]
 
 
 PARTS: dict[str, tuple[list[dict[str, Any]], str]] = {
