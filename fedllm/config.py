@@ -17,7 +17,8 @@ class EarlyStop:
     """End a run when a metric has not become better for a while. What cannot work raises `SettingError`."""
 
     metric: str
-    """One that the silos report. What not all of them report says nothing, and does not count."""
+    """One that the silos report. What not all of them report says nothing, and does not count; nor does a silo's figure
+    that is not finite."""
     patience: int
     """So many figures in a row that are no better than the best before them end the run."""
     min_change: float = 0.0

@@ -27,7 +27,8 @@ class Evaluation:
     outcomes: Mapping[str, Outcome]
     """By silo, in the order of the names."""
     metrics: Mapping[str, float]
-    """Means over the silos that answered of what all of them reported, by their weights; empty if none did."""
+    """Means over the silos that answered of what all of them reported, by their weights, without figures that are not
+    finite; empty if none did."""
     seconds: float
 
 

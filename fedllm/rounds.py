@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class RoundResult:
     """By silo, in the order of the names."""
     metrics: Mapping[str, float]
     """Means over the committed silos of what all of them reported, by their reported weights; plain ones if a silo
-    does not disclose its own."""
+    does not disclose its own. Without figures that are not finite."""
     seconds: float
 
 
@@ -293,12 +294,14 @@ def committed(outcomes: Mapping[str, Outcome]) -> list[Outcome]:
 
 
 def mean_metrics(reports: Collection[Ready | Outcome]) -> dict[str, float]:
-    """Of what all of them report, by their shares of the reported weights; empty if there are none."""
-    if not reports:
-        return {}
-    shared = set.intersection(*(set(one.metrics) for one in reports))
-    shares = shares_of([one.weight for one in reports])
-    return {
-        key: sum(share * one.metrics[key] for share, one in zip(shares, reports, strict=True))
-        for key in sorted(shared)
-    }
+    """Of what all of them report, by their shares of the reported weights; empty if there are none.
+
+    Who reports a figure that is not finite is left out of its mean: one silo's training may diverge.
+    """
+    means = {}
+    for key in sorted(set.intersection(*(set(one.metrics) for one in reports)) if reports else ()):
+        finite = [one for one in reports if math.isfinite(one.metrics[key])]
+        if finite:
+            shares = shares_of([one.weight for one in finite])
+            means[key] = sum(s * one.metrics[key] for s, one in zip(shares, finite, strict=True))
+    return means

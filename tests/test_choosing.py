@@ -20,6 +20,7 @@ from fedllm import (
 )
 from fedllm.membership import choose
 from fedllm.messages import FROM_SERVER, Commit, Decline, Ready, Task
+from fedllm.rounds import mean_metrics
 from tests.federation import DEADLINE_S, Log, joining, raw, running, take_part, weights_of
 from tests.playing import be_asked, pairs
 
@@ -285,6 +286,36 @@ def test_patience_counts_figures_that_are_no_better():
     accuracy = EarlyStop(metric="accuracy", patience=1, is_higher_better=True)
     assert not accuracy.is_due([0.1, 0.2])
     assert accuracy.is_due([0.2, 0.1])
+
+
+def test_a_silo_whose_figure_is_not_finite_is_left_out_of_its_mean():
+    def report(weight: float | None, **metrics: float) -> Ready:
+        return Ready(1, weight, None, metrics)
+
+    one, two = report(1, loss=1, best=2), report(3, loss=5, best=4)
+    assert mean_metrics([one, two]) == {"loss": 4, "best": 3.5}
+    for odd in (math.nan, math.inf, -math.inf):
+        diverged = report(6, loss=odd, best=8)
+        assert mean_metrics([one, two, diverged]) == pytest.approx({"loss": 4, "best": 6.2})
+        assert mean_metrics([report(1, loss=odd)]) == {}
+    assert mean_metrics([one, report(None, loss=3, best=math.nan)]) == {"loss": 2, "best": 2}
+    assert mean_metrics([]) == {}
+
+
+@pytest.mark.usefixtures("loop_kind")
+async def test_one_silos_nan_does_not_end_the_run_of_all():
+    log = Log()
+
+    async def work(address: tuple[str, int], name: str, loss: float) -> None:
+        async with joining(address, name) as silo:
+            async for task in silo.rounds():
+                await task.submit(task.weights, weight=1, metrics={"loss": loss / task.round})
+
+    stop = EarlyStop(metric="loss", patience=1)
+    async with running(log, rounds=4, min_silos=2, stop=stop) as (address, run):
+        async with asyncio.timeout(10):
+            await asyncio.gather(work(address, "a", 1.0), work(address, "b", math.nan), run)
+    assert [result.metrics["loss"] for result in log.rounds] == [1, 1 / 2, 1 / 3, 1 / 4]
 
 
 @pytest.mark.usefixtures("loop_kind")
