@@ -134,6 +134,7 @@ class _Record:
 
     door: Door
     doing: str = "sending the weights"
+    is_asked: bool = False
     report: Ready | None = None
     sent_bytes: int = 0
     sent_seconds: float = 0.0
@@ -195,7 +196,7 @@ async def exchange(
         status, error = Status.ABANDONED, exc
     except (AiordmaError, StagingError) as exc:
         status, error = Status.FAILED, exc
-    if isinstance(error, ChannelError):
+    if isinstance(error, ChannelError) or not record.is_asked:
         return record.outcome(status, error, None)
     is_answered = record.report is not None or isinstance(error, UpdateError | MessageError)
     unheard = await tell(channel, Commit(task.ticket, error is None, str(error or "")))
@@ -223,7 +224,7 @@ async def ask(
     except UpdateError as exc:
         return record.outcome(Status.REFUSED, exc, None)
     except AiordmaError as exc:
-        is_answered = isinstance(exc, ChannelError | MessageError)
+        is_answered = not record.is_asked or isinstance(exc, ChannelError | MessageError)
         return record.outcome(Status.FAILED, exc, None if is_answered else task.ticket)
 
 
@@ -233,10 +234,11 @@ async def _hand_out(
     loop = asyncio.get_running_loop()
     started = loop.time()
     try:
-        async with asyncio.timeout(TAKING_TIMEOUT_S):
+        async with asyncio.timeout(NOTICE_TIMEOUT_S):
             await channel.send(task)
     except TimeoutError as exc:
-        raise TransferTimeout(f"it read nothing for {TAKING_TIMEOUT_S:g} s") from exc
+        raise TransferTimeout(f"it has no room for a message for {NOTICE_TIMEOUT_S:g} s") from exc
+    record.is_asked = True
     await send_while_taken(
         channel,
         outgoing,

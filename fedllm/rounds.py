@@ -14,7 +14,7 @@ import math
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -34,6 +34,10 @@ BeforeCommit: TypeAlias = Callable[
     [Mapping[str, NDArray[Any]], Mapping[str, Ready]], Awaitable[object]
 ]
 """Is given the new weights, and what those reported whose updates are in them, by name."""
+
+
+LAST_WORD_S: Final = 0.5
+"""How long the end of a round waits for silos that are out of it, and have no room for the word that they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +155,8 @@ class _Round:
         self._changed = asyncio.Event()
         self._places = {name: _Place(name, self) for name in self._channels}
         self._exchanges: dict[str, asyncio.Task[Outcome]] = {}
+        self._out: dict[str, Outcome] = {}
+        """Who is out before the end, and is being told so in the place of its exchange."""
 
     def move(self, place: _Place, at: _At) -> None:
         """A silo got on."""
@@ -214,9 +220,18 @@ class _Round:
         return {name: place.report for name, place in places if place.report is not None}
 
     async def _end(self) -> dict[str, Outcome]:
-        """Tell all silos; what became of them."""
+        """Tell all silos; what became of them. Who is out, and reads nothing, is not waited for."""
         self.folded.set()
-        return {name: await task for name, task in self._exchanges.items()}
+        under_way = [task for name, task in self._exchanges.items() if name not in self._out]
+        if under_way:
+            await asyncio.wait(under_way)
+        if self._out:
+            await asyncio.wait([self._exchanges[name] for name in self._out], timeout=LAST_WORD_S)
+        unheard = TimeoutError("it reads nothing")
+        return {
+            name: task.result() if task.done() else replace(self._out[name], error=unheard)
+            for name, task in self._exchanges.items()
+        }
 
     def _fold(self) -> dict[str, NDArray[Any]]:
         self.aggregation.commit()
@@ -259,7 +274,8 @@ class _Round:
         await _cancel([self._exchanges[name] for name in names])
         for name in names:
             unanswered = self.task.ticket if at is _At.TRAINING else None
-            told = self._dismiss(name, Outcome(status=status, reason=reason, unanswered=unanswered))
+            self._out[name] = Outcome(status=status, reason=reason, unanswered=unanswered)
+            told = self._dismiss(name, self._out[name])
             self._exchanges[name] = asyncio.get_running_loop().create_task(told)
             self._places[name].at = _At.OUT
 

@@ -267,15 +267,41 @@ async def test_a_cancelled_round_leaves_usable_channels(reach: Behaviour):
         assert unanswered
 
 
+async def read_nothing(channel: Channel) -> None:
+    pass
+
+
+async def fill_the_ears_of(channel: Channel) -> None:
+    """There is room for a task, and for nothing that comes after."""
+    for _ in range(SMALL.messages - 1):
+        await channel.send("unheard")
+
+
+async def test_nobody_waits_for_who_cannot_be_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fedllm.participation.NOTICE_TIMEOUT_S", 3600.0)
+    ones = {name: np.ones_like(array) for name, array in LARGE.items()}
+    async with (
+        pairs("a", "deaf") as ends,
+        asyncio.timeout(5),
+    ):  # half of what it has to hear a commit
+        await fill_the_ears_of(ends[0]["deaf"])
+        result, seen = await play(
+            {"a": takes_part(ones), "deaf": read_nothing},
+            ends=ends,
+            weights=LARGE,
+            train_deadline_s=1.0,
+        )
+    assert seen["a"].accepted
+    outcome = result.outcomes["deaf"]
+    assert (outcome.status, outcome.is_busy) == (Status.LATE, True)
+    assert isinstance(outcome.error, TimeoutError)
+
+
 async def test_who_cannot_be_told_counts_for_no_quorum(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fedllm.participation.NOTICE_TIMEOUT_S", DEADLINE_S)
 
-    async def read_nothing(channel: Channel) -> None:
-        pass
-
     async with pairs("a", "b", "deaf") as ends:
-        for _ in range(SMALL.messages - 1):
-            await ends[0]["deaf"].send("unheard")
+        await fill_the_ears_of(ends[0]["deaf"])
         good, bad = takes_part(A), takes_part(changed(w=NAN))
         with pytest.raises(QuorumNotReached, match="1 of 3 silos are left") as info:
             await play(
