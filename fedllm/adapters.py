@@ -5,10 +5,11 @@ everything else in fedllm sees names and arrays.
 Names and their order are the model's own (peft: adapter names taken out; transformers:
 `named_parameters`), so two processes that build the same model agree on both.
 
-Lifetime of what is returned: on the CPU an array is a *view* of the parameter's memory, no copy. It
-changes when the model trains or is loaded again, and keeps that memory alive for as long as it
-lives; `.copy()` it to keep the values. A bfloat16 parameter is such a view as well, in ml_dtypes'
-dtype. Parameters on another device are copied to the CPU.
+Lifetime of what is returned: on the CPU an array is a *view* of the parameter's memory, no copy
+(of one that is not contiguous it is a copy, since only what is contiguous is sent). It changes
+when the model trains or is loaded again, and keeps that memory alive for as long as it lives;
+`.copy()` it to keep the values. A bfloat16 parameter is such a view as well, in ml_dtypes' dtype.
+Parameters on another device are copied to the CPU.
 
 A mean of bfloat16 weights is rounded to bfloat16, and loses updates below 2^-9 of a weight. For
 global weights in float32 give the server, and `submit`, ``array.astype(np.float32)``: loading takes
@@ -40,10 +41,16 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
-from fedllm.dtensors import Tensors, held, shard_of
+from fedllm.dtensors import Tensors, held, is_sharded, shard_of
 from fedllm.loading import load, on_trial
 from fedllm.messages import Shard
-from fedllm.parameters import AdapterError, all_parameters, kept_buffers, lora_parameters
+from fedllm.parameters import (
+    AdapterError,
+    all_parameters,
+    check_is_there,
+    kept_buffers,
+    lora_parameters,
+)
 
 __all__ = [
     "AdapterError",
@@ -122,7 +129,8 @@ def full_arrays(model: nn.Module, *, keep_local: Collection[str] = ()) -> Arrays
     """All parameters of any module, in its order; tied ones (GPT-2's `wte` and `lm_head`) once.
 
     Tied means the same Parameter object; it goes by the first of its names, and stays here if
-    `keep_local` means any of them. Buffers stay out: they are not trained, and averaging them would
+    `keep_local` means any of them. Parameters that only share memory are sent one by one, and none
+    may stay while the other leaves (`AdapterError`). Buffers stay out: they are not trained, and averaging them would
     mean nothing.
     """
     return _arrays(all_parameters(model, keep_local)[0])
@@ -238,6 +246,7 @@ def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
 
 def _array(name: str, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """A view of the tensor's memory."""
+    check_is_there(name, tensor)
     plain = tensor.detach().cpu().contiguous()
     if plain.dtype is torch.bfloat16:
         return plain.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
@@ -266,6 +275,11 @@ def _weights_digest(model: nn.Module, without: Collection[str]) -> str:
     for name, tensor in sorted(_base_tensors(model), key=lambda named: named[0]):
         if name in without:
             continue
+        check_is_there(name, tensor)
+        if is_sharded(tensor):
+            raise AdapterError(
+                f"{name} is sharded: take the fingerprint of the whole model, before"
+            )
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

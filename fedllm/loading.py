@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedllm.dtensors import Tensors, held, is_sharded, reshard
-from fedllm.parameters import AdapterError
+from fedllm.parameters import AdapterError, check_is_there
 
 __all__ = ["load", "on_trial"]
 
@@ -82,6 +82,8 @@ def _goes_into(dtype: np.dtype[Any], wanted: torch.dtype) -> bool:
 def _check_fit(
     expected: Mapping[str, torch.Tensor], arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> None:
+    for name, tensor in expected.items():
+        check_is_there(name, tensor)
     problems = [f"{name} is missing" for name in expected if name not in arrays]
     problems += [f"{name} is unknown here" for name in arrays if name not in expected]
     problems += [

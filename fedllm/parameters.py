@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from fedllm.dtensors import Tensors, reshard
+from fedllm.dtensors import Tensors, held, reshard
 from fedllm.errors import FedError
 
-__all__ = ["AdapterError", "all_parameters", "kept_buffers", "lora_parameters"]
+__all__ = ["AdapterError", "all_parameters", "check_is_there", "kept_buffers", "lora_parameters"]
 
 
 class AdapterError(FedError, ValueError):
@@ -31,8 +32,7 @@ def lora_parameters(model: PeftModel, adapter: str, keep_local: Collection[str])
         if id(tensor) not in ids:  # what peft computes anew each time could not be loaded
             kind = model.peft_config[adapter].peft_type
             raise AdapterError(f"{name} of a {kind} adapter is no parameter of the model: use LoRA")
-    local = _meant({name: (name,) for name in tensors}, keep_local)
-    return {name: tensor for name, tensor in tensors.items() if name not in local}
+    return _apart(tensors, _meant({name: (name,) for name in tensors}, keep_local))[0]
 
 
 def all_parameters(model: nn.Module, keep_local: Collection[str]) -> tuple[Tensors, Tensors]:
@@ -42,11 +42,49 @@ def all_parameters(model: nn.Module, keep_local: Collection[str]) -> tuple[Tenso
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     local = _meant({group[0]: tuple(group) for group in names.values()}, keep_local)
-    shared: Tensors = {}
-    kept: Tensors = {}
-    for name, parameter in model.named_parameters():
-        (kept if name in local else shared)[name] = parameter
+    return _apart(dict(model.named_parameters()), local)
+
+
+def _apart(tensors: Tensors, local: Collection[str]) -> tuple[Tensors, Tensors]:
+    """Those that are shared, and those that stay."""
+    shared = {name: tensor for name, tensor in tensors.items() if name not in local}
+    kept = {name: tensor for name, tensor in tensors.items() if name in local}
+    if shared and kept:
+        _check_memory(held(shared), held(kept))
     return shared, kept
+
+
+def _check_memory(shared: Tensors, kept: Tensors) -> None:
+    """Raise `AdapterError` if what stays lies where something lies that leaves: tied, but not as one Parameter."""
+    spans = sorted(
+        (*span, name in kept, name)
+        for name, tensor in (shared | kept).items()
+        if (span := _span(tensor)) is not None
+    )
+    end = {False: (0, ""), True: (0, "")}
+    for start, stop, is_kept, name in spans:
+        other_stop, other = end[not is_kept]
+        if start < other_stop:
+            mine, theirs = (name, other) if is_kept else (other, name)
+            raise AdapterError(
+                f"keep_local: {mine} stays, and lies in the same memory as {theirs}, which leaves: keep both, or "
+                "tie them as one Parameter"
+            )
+        end[is_kept] = max(end[is_kept], (stop, name))
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Where it begins and ends in memory, gaps and all; None if it lies nowhere."""
+    if tensor.is_meta or not tensor.numel():
+        return None
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def check_is_there(name: str, tensor: torch.Tensor) -> None:
+    """Raise `AdapterError` for a tensor without values, on the meta device."""
+    if tensor.is_meta:
+        raise AdapterError(f"{name} has no values yet, on the meta device: load the model first")
 
 
 def kept_buffers(model: nn.Module, keep_local: Collection[str]) -> Tensors:

@@ -267,6 +267,31 @@ def test_what_numpy_cannot_hold_is_named():
         full_arrays(module)
 
 
+def test_a_model_without_values_is_told_so():
+    model = nn.Linear(2, 2, device="meta")
+    arrays = full_arrays(nn.Linear(2, 2))
+    text = "^weight has no values yet, on the meta device: load the model first$"
+    with pytest.raises(AdapterError, match=text):
+        full_arrays(model)
+    with pytest.raises(AdapterError, match=text):
+        load_full(model, arrays)
+    with pytest.raises(AdapterError, match=text), full_on_trial(model, arrays):
+        pytest.fail("entered")
+
+
+def test_of_what_is_not_contiguous_there_is_a_copy_that_can_be_sent():
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(torch.randn(3, 2).t())
+    own = model.weight.data_ptr(), model.weight.stride()
+    array = full_arrays(model)["weight"]
+    assert array.flags.c_contiguous
+    load_full(model, {**snapshot(full_arrays(model)), "weight": array + 1})
+    np.testing.assert_array_equal(full_arrays(model)["weight"], array + 1)
+    with full_on_trial(model, snapshot(full_arrays(model))):
+        assert model.weight.data_ptr() != own[0]
+    assert (model.weight.data_ptr(), model.weight.stride()) == own
+
+
 def test_an_adapter_that_peft_computes_anew_is_refused():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(AdapterError, match=r"PROMPT_TUNING adapter is no parameter .*: use LoRA"):

@@ -20,6 +20,8 @@ from torch.distributed.fsdp import fully_shard
 
 from fedllm import EvaluationTask, Federation, RunConfig, SettingError, join
 from fedllm.adapters import (
+    AdapterError,
+    fingerprint,
     full_arrays,
     full_on_trial,
     full_shard,
@@ -278,6 +280,13 @@ def seen(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=torch.arange(12).reshape(1, 12)).logits
     return found
+
+
+def test_the_fingerprint_is_of_the_whole_model(alone):
+    model = nn.Linear(4, 2)
+    fully_shard(model, mesh=alone["shards"])
+    with pytest.raises(AdapterError, match="is sharded: take the fingerprint of the whole model"):
+        fingerprint(model, None, None)
 
 
 def test_who_is_in_no_process_group_has_no_rank():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from fedllm.adapters import fingerprint
+from fedllm.adapters import AdapterError, fingerprint
 from fedllm.demo.model import train_tokenizer
 from tests.tiny_models import TEXTS, adapted, lora, tiny_gpt2
 
@@ -180,3 +180,8 @@ def test_running_statistics_are_each_silos_own_where_their_layer_is(tokenizer):
     prints = [fingerprint(model, tokenizer, None, keep_local=["1"]) for model in (mine, theirs)]
     assert prints[0] == prints[1]
     assert fingerprint(mine, tokenizer, None) != fingerprint(theirs, tokenizer, None)
+
+
+def test_a_model_without_values_has_no_fingerprint(tokenizer):
+    with pytest.raises(AdapterError, match="bias has no values yet, on the meta device"):
+        fingerprint(nn.Linear(2, 2, device="meta"), tokenizer, None)

@@ -56,6 +56,37 @@ def test_a_pattern_that_means_nothing_is_an_error_before_a_layer_leaves(of, keep
         of(model, keep_local=keep_local)
 
 
+def tied_by_memory(size: int = 2, offset: int = 0) -> nn.Module:
+    memory = torch.arange(6.0)
+    model = nn.Module()
+    model.a = nn.Parameter(memory[:2])
+    model.b = nn.Parameter(memory[offset : offset + size])
+    return model
+
+
+def test_parameters_that_share_memory_stay_together_or_leave_together():
+    assert set(full_arrays(tied_by_memory())) == {"a", "b"}
+    assert set(local_arrays(tied_by_memory(), ["a", "b"])) == {"a", "b"}
+    assert set(full_arrays(tied_by_memory(offset=2), keep_local=["b"])) == {"a"}
+    for model in (tied_by_memory(), tied_by_memory(5, offset=1)):
+        for mine, theirs in ("ab", "ba"):
+            text = f"{mine} stays, and lies in the same memory as {theirs}, which leaves"
+            with pytest.raises(AdapterError, match=text):
+                full_arrays(model, keep_local=[mine])
+
+
+def test_an_adapters_parameters_that_share_memory_stay_together_too():
+    model = adapted()
+    first, second = (
+        model.get_parameter(f"base_model.model.transformer.h.{n}.mlp.c_fc.lora_A.default.weight")
+        for n in (0, 1)
+    )
+    second.data = first.data
+    with pytest.raises(AdapterError, match="stays, and lies in the same memory as"):
+        lora_arrays(model, keep_local=["*.h.1"])
+    assert lora_arrays(model, keep_local=["*.c_fc"])
+
+
 def test_a_silo_loads_the_global_layers_and_keeps_its_own():
     mine, theirs = tiny_gpt2(1), tiny_gpt2(2)
     keep = ["transformer.h.1", "transformer.ln_f"]
