@@ -117,10 +117,10 @@ def load_lora(
 def save_lora(model: PeftModel, directory: Path, *, adapter: str = "default") -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` into an existing folder.
 
-    `PeftModel.from_pretrained(base, directory)` reads them.
+    `PeftModel.from_pretrained(base, directory)` reads them. `AdapterError` if the model is sharded.
     """
     tensors = lora_parameters(model, adapter, ())
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    state = {name: _whole(name, tensor) for name, tensor in tensors.items()}
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[adapter].save_pretrained(str(directory))
 
@@ -259,6 +259,15 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         ) from exc
 
 
+def _whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    check_is_there(name, tensor)
+    if is_sharded(tensor):
+        raise AdapterError(
+            f"{name} is sharded, and this is about the whole model: do it before, or elsewhere"
+        )
+    return tensor.detach().cpu().contiguous()
+
+
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The base model's persistent tensors under the names they had before peft wrapped them."""
     seen: set[int] = set()
@@ -275,12 +284,7 @@ def _weights_digest(model: nn.Module, without: Collection[str]) -> str:
     for name, tensor in sorted(_base_tensors(model), key=lambda named: named[0]):
         if name in without:
             continue
-        check_is_there(name, tensor)
-        if is_sharded(tensor):
-            raise AdapterError(
-                f"{name} is sharded: take the fingerprint of the whole model, before"
-            )
-        plain = tensor.detach().cpu().contiguous()
+        plain = _whole(name, tensor)
         digest.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -30,6 +30,7 @@ from fedllm.adapters import (
     lora_arrays,
     lora_on_trial,
     lora_shard,
+    save_lora,
 )
 from fedllm.dtensors import held, shard_of
 from tests.harness import program
@@ -282,11 +283,14 @@ def seen(model: nn.Module) -> torch.Tensor:
     return found
 
 
-def test_the_fingerprint_is_of_the_whole_model(alone):
-    model = nn.Linear(4, 2)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_what_is_of_the_whole_model_says_so(alone, tmp_path: Path):
+    model = adapted()
     fully_shard(model, mesh=alone["shards"])
-    with pytest.raises(AdapterError, match="is sharded: take the fingerprint of the whole model"):
+    with pytest.raises(AdapterError, match="is sharded, and this is about the whole model"):
         fingerprint(model, None, None)
+    with pytest.raises(AdapterError, match="is sharded, and this is about the whole model"):
+        save_lora(model, tmp_path)
 
 
 def test_who_is_in_no_process_group_has_no_rank():
