@@ -29,6 +29,9 @@ RATES_GIVEN = {"lora": 1e-3, "full": 5e-5}
 OWN_FACTORS = ("*.lora_B",)
 """Of each LoRA pair A is shared and B stays: FedSA-LoRA (Guo et al. 2024, arXiv:2410.01463)."""
 
+REFUSE_ABOVE = "2"
+"""A personalised silo's gate: far from what the demo comes to, so that it holds back only what has gone wrong."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
@@ -193,9 +196,11 @@ def _join_arguments(options: DemoOptions, silo: str, port: int, personal: bool) 
         *("join", "--server", f"{HOST}:{port}", "--name", silo, "--mode", options.mode),
         *("--base", options.base, "--text", options.text(silo)),
         *("--journal", str(options.out / JOURNALS / f"{silo}.jsonl")),
+        *("--allow", f"recipe.steps=1..{options.steps}", f"recipe.batch={options.batch}"),
     ]
     if personal:
-        arguments += ["--keep-local", *options.local_layers, "--out", str(options.personal(silo))]
+        arguments += ["--keep-local", *options.local_layers, "--refuse-above", REFUSE_ABOVE]
+        arguments += ["--out", str(options.personal(silo))]
     return arguments
 
 

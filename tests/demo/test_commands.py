@@ -6,7 +6,10 @@ import math
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -16,7 +19,8 @@ from rich.console import Console
 
 import fedllm
 from fedllm.__main__ import main
-from fedllm.demo import joining
+from fedllm.demo import consent, joining, parser
+from fedllm.demo.conduct import DemoOptions, _join_arguments
 from fedllm.demo.events import Event, Listening, RoundDone, Said, SiloRow
 from fedllm.demo.joining import _assignment
 from fedllm.demo.learner import prepare_learner
@@ -36,6 +40,12 @@ def test_help_teaches_by_examples(command, capsys):
     assert exit.value.code == 0
     page = capsys.readouterr().out
     assert f"python -m fedllm {' '.join(command) or 'demo'}" in page[page.index("examples:") :]
+
+
+def test_the_script_is_the_module():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    found = metadata.EntryPoint("fedllm", scripts["fedllm"], "console_scripts").load()
+    assert found is main
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,23 @@ def test_a_wrong_command_line_says_what_is_wrong(arguments, message, capsys):
         main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("personal", [False, True])
+def test_the_demos_silos_allow_its_own_recipe_and_personalised_ones_have_a_gate(
+    personal: bool, tmp_path: Path
+):
+    words, _ = parser.build()
+    told = vars(words.parse_args(["demo", "--out", str(tmp_path), "--steps", "7", "--batch", "3"]))
+    given = {field.name: told[field.name] for field in fields(DemoOptions)}
+    options = DemoOptions(**{**given, "silos": {"topics": "topics"}})
+    joins = words.parse_args(_join_arguments(options, "topics", 1, personal))
+    policy = consent.policy_of(joins.allow, tells_examples=False)
+    assert policy.objection({"recipe": {"steps": 7, "batch": 3}}) is None
+    assert policy.objection({"recipe": {"steps": 8}}) is not None
+    assert policy.objection({"recipe": {"batch": 2}}) is not None
+    assert (joins.refuse_above is not None) is personal
+    assert bool(joins.keep_local) is personal
 
 
 @pytest.mark.parametrize("name", ["union", "base", "server", "a-alone", ".."])
