@@ -71,7 +71,7 @@ def join(
     link = Link(session, control, config)
     link.counters.rtt_s = rtt_s
     ports = [
-        Port(i, lane, ring, link, windows=lane.windows if isinstance(lane, RdmaLane) else None)
+        Port(i, lane, ring, link, rdma=lane if isinstance(lane, RdmaLane) else None)
         for i, (lane, ring) in enumerate(zip(lanes, rings, strict=True))
     ]
     infos = tuple(LaneInfo(index=p.index, kind=p.lane.kind, reason=reason) for p in ports)

@@ -1,7 +1,7 @@
 """The shell that joins a session, its lanes and the memory: everything that happens on a channel's loop.
 
 Chunks to send wait in one place only: for a claim and a credit, in `Sender.next`. Whatever frees one of the
-two ends in `fill`.
+two ends in `_post`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Link:
         send = self.sends[transfer] = Send(transfer, outgoing, self._pulse.now())
         self.flush()
         self._fill_all()
-        self._pulse.start()
+        self._watch()
         return send
 
     def stop_sending(self, send: Send, error: AiordmaError | None, reason: str) -> None:
@@ -127,11 +127,6 @@ class Link:
             if not self._post(max(ports, key=lambda port: ledgers[port.index].free)):
                 return
 
-    def fill(self, port: Port) -> None:
-        """Post what may go on this lane now."""
-        while port.lane.room and self._post(port):
-            pass
-
     def _post(self, port: Port) -> bool:
         plan = None if self.error is not None else self.session.sender.next(port.index)
         if plan is None:
@@ -140,14 +135,16 @@ class Link:
         port.post(plan, self.sends[plan.transfer].outgoing, checksum=self.config.checksum)
         return True
 
-    def sent(self, transfer: int) -> None:
-        self.moved(transfer)
-        self.loans.settle(transfer)
+    def sent(self, port: Port, transfers: list[int]) -> None:
+        for transfer in transfers:
+            self.moved(transfer)
+            self.loans.settle(transfer)
+        while port.lane.room and self._post(port):
+            pass
 
     def moved(self, transfer: int) -> None:
-        send = self.sends.get(transfer)
-        if send is not None:
-            send.moved_at = self._pulse.now()
+        if transfer in self.sends:
+            self.sends[transfer].moved_at = self._pulse.now()
 
     def credited(self, port: Port, slots: int) -> None:
         self._pulse.heard()
@@ -169,7 +166,7 @@ class Link:
         if subject is Verdict.EARLY:
             if header.transfer > self.session.receiver.last:
                 self._early.add(header, chunk, self._pulse.now())
-                self._pulse.start()
+                self._watch()
                 return
             subject = self.admit(header)
         if not isinstance(subject, Reception) or subject.is_over:
@@ -194,7 +191,7 @@ class Link:
         if self.error is None:
             self.session.claim(reception.incoming.id)
             self.flush()
-            self._pulse.start()
+            self._watch()
 
     def unclaim(self, reception: Reception) -> None:
         if self.error is None:
@@ -324,6 +321,11 @@ class Link:
     @property
     def is_busy(self) -> bool:
         return self.error is None and bool(self.sends or self.receptions or self._early)
+
+    def _watch(self) -> None:
+        self._pulse.start()
+        for port in self.ports:
+            port.watch()
 
     def send_ping(self, token: int) -> None:
         self.session.ping(token)

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, Protocol
 from aiordma.chunk import Chunk
 from aiordma.errors import ChannelBroken, RemoteProtocolError
 from aiordma.lanes.base import Lane
-from aiordma.lanes.rendezvous import Windows
+from aiordma.lanes.rdma import RdmaLane
 from aiordma.outgoing import Outgoing
 from aiordma.ring import Ring, SlotState
 from aiordma.stats import LaneStats
@@ -30,17 +30,18 @@ Subject = Reception | Verdict
 class PortOwner(Protocol):
     """What a port asks of its link."""
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is open."""
+
     def admit(self, header: ChunkHeader) -> Subject:
         """Judge a chunk by its header."""
 
     def came(self, header: ChunkHeader, chunk: Chunk, subject: Subject) -> None:
         """The chunk is here, whole; its check was not looked at yet."""
 
-    def fill(self, port: Port) -> None:
-        """The lane has room: post what may go."""
-
-    def sent(self, transfer: int) -> None:
-        """One of our transfers got a chunk out."""
+    def sent(self, port: Port, transfers: list[int]) -> None:
+        """A chunk of each of these is out, and the lane may have room: post what may go."""
 
     def credited(self, port: Port, slots: int) -> None:
         """The peer gives slots back."""
@@ -62,12 +63,14 @@ class Port:
     """Handles one lane's events, and owns the receive slots behind it."""
 
     def __init__(
-        self, index: int, lane: Lane, ring: Ring, owner: PortOwner, *, windows: Windows | None
+        self, index: int, lane: Lane, ring: Ring, owner: PortOwner, *, rdma: RdmaLane | None
     ) -> None:
+        """`rdma`: the lane, if it is one."""
         self.index = index
         self.lane = lane
         self.ring = ring
-        self.windows = windows
+        self.windows = rdma.windows if rdma is not None else None
+        self._rdma = rdma
         self._owner = owner
         self._landings: dict[int, _Landing] = {}
         self._stages: list[memoryview] = []
@@ -79,6 +82,15 @@ class Port:
         self._credits_sent = 0
         self.loss: ChannelBroken | None = None
         """What the lane was lost by, if it knows more than that its connection ended."""
+
+    @property
+    def is_busy(self) -> bool:
+        return self._owner.is_busy
+
+    def watch(self) -> None:
+        """The link is busy."""
+        if self._rdma is not None:
+            self._rdma.watch()
 
     # Sending
 
@@ -109,8 +121,7 @@ class Port:
             stage = self._staged.pop((header.transfer, header.offset), None)
             if stage is not None:
                 self._stages.append(stage)
-            self._owner.sent(header.transfer)
-        self._owner.fill(self)
+        self._owner.sent(self, [header.transfer for header in headers])
 
     def copied(self, nbytes: int) -> None:
         self._owner.copied(nbytes)

@@ -110,6 +110,11 @@ class ReorderingLane:
 
     # What the lane within says
 
+    @property
+    def is_busy(self) -> bool:
+        assert self._handler is not None
+        return self._handler.is_busy
+
     def place(self, header: ChunkHeader) -> memoryview:
         assert self._handler is not None
         return self._handler.place(header)
@@ -152,6 +157,7 @@ class LaneUser:
     payloads: dict[tuple[int, int], bytes] = field(default_factory=dict)
     targets: dict[tuple[int, int], bytearray] = field(default_factory=dict)
     backlog: list[tuple[ChunkHeader, list[memoryview]]] = field(default_factory=list)
+    is_busy: bool = False
     refuses: bool = False
     was_touched: bool = False
     copied_bytes: int = 0

@@ -54,10 +54,11 @@ ROOMS: Mapping[str, str] = {
     "aiordma.lanes.signals": "",
     "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames aiordma.lanes.signals",
     "aiordma.lanes.probe": "",
+    "aiordma.lanes.silence": "",
     "aiordma.lanes.rendezvous": "aiordma.errors aiordma.wire.frames aiordma.lanes.outbox",
     "aiordma.lanes.rdma": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
     " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox aiordma.lanes.probe"
-    " aiordma.lanes.registry aiordma.lanes.rendezvous",
+    " aiordma.lanes.registry aiordma.lanes.rendezvous aiordma.lanes.silence",
     "aiordma.lanes.choice": "aiordma.errors",
     "aiordma.lanes.needs": "aiordma.ring aiordma.lanes.outbox aiordma.lanes.rdma",
     "aiordma.lanes.registry": "aiordma.errors aiordma.lanes.outbox",
@@ -76,7 +77,7 @@ ROOMS: Mapping[str, str] = {
     f" aiordma.lanes.rdma aiordma.lanes.registry aiordma.lanes.verbs {WIRE}",
     "aiordma.early": "aiordma.chunk aiordma.wire.frames",
     "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.outgoing aiordma.chunk aiordma.transfer"
-    f" aiordma.lanes.base aiordma.lanes.rendezvous {WIRE}",
+    f" aiordma.lanes.base aiordma.lanes.rdma {WIRE}",
     "aiordma.link": "aiordma.errors aiordma.config aiordma.outgoing aiordma.stats aiordma.chunk aiordma.control"
     f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early"
     f" aiordma.loans aiordma.port {WIRE}",

@@ -10,8 +10,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from aiordma import Channel, ChannelConfig, TransferAborted
+from aiordma import Channel, ChannelConfig, Chunk, TransferAborted
 from aiordma.errors import ChannelBroken
+from aiordma.lanes.rdma import RdmaLane
 from tests.fake_device import queue_pair
 from tests.foreign import nothing_left
 from tests.harness import cancel, channel_pair, noise, round_trips, turns, until, usable
@@ -259,9 +260,18 @@ async def test_room_that_credits_took_is_used_when_it_comes_back() -> None:
 # Devices that tell nothing
 
 
+def lanes_of(*channels: Channel) -> list[RdmaLane]:
+    return [p.lane for c in channels for p in c._link.ports if isinstance(p.lane, RdmaLane)]
+
+
 def tick(channel: Channel) -> None:
-    """What the completion pump does now and then."""
-    queue_pair(channel).device.pump._tick()
+    """What the completion pump does four times a second, as long as anybody wants it."""
+    pump = queue_pair(channel).device.pump
+    assert pump._timer is not None
+    pump._timer.cancel()
+    pump._timer = None
+    if sum(queue.tick(0.25) for queue in pump._queues):
+        pump.watch()
 
 
 @pytest.mark.parametrize("is_registered", [False, True])
@@ -305,7 +315,9 @@ async def test_a_device_that_never_tells_what_became_of_its_work(end: str) -> No
         await round_trips(near, far)
         assert not sending.done()
         with mock.patch("aiordma.port._GRACE_S", 0.0):
-            await until(lambda: tick(silent) or silent.is_closed)
+            while not silent.is_closed:
+                tick(silent)
+                await turns(1)
         match = rf"{queue_pair(silent).name}: the device did not tell within 1\d s"
         with pytest.raises(ChannelBroken, match=match):
             await silent.ping()
@@ -313,3 +325,34 @@ async def test_a_device_that_never_tells_what_became_of_its_work(end: str) -> No
         assert not queue_pair(far).windows
         for call in (sending, receiving):
             assert call.exception() is None or isinstance(call.exception(), ChannelBroken)
+
+
+@pytest.mark.parametrize("end", ["sender", "receiver"])
+async def test_a_lost_event_is_found_while_a_transfer_is_open(pair: Pair, end: str) -> None:
+    """Even if no work of ours is under way: what is due is the peer's chunks, or its CREDIT."""
+    near, far = pair
+    deaf = near if end == "sender" else far
+    queue = queue_pair(deaf).reservation.queue
+    sending = asyncio.create_task(near.send_tensor(noise(20 * SLOT)))
+    chunks = (await anext(far.incoming())).chunks()
+    first = await anext(chunks)
+    for _ in range(4):  # all is told that could be
+        await round_trips(near, far)
+        tick(near)
+        tick(far)
+    assert not any(lane._outbox.is_busy for lane in lanes_of(near, far))
+    queue.loses_events = True
+    first.release()
+    receiving = asyncio.create_task(release_all(chunks))
+    await until(lambda: queue.entries)
+    queue.loses_events = False
+    await round_trips(near, far)
+    assert queue.entries
+    tick(deaf)
+    await receiving
+    await sending
+
+
+async def release_all(chunks: AsyncIterator[Chunk]) -> None:
+    async for chunk in chunks:
+        chunk.release()

@@ -14,6 +14,10 @@ from aiordma.wire.frames import ChunkHeader
 class LaneHandler(Protocol):
     """The user of a lane."""
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is open, so that the lane may have something to tell soon."""
+
     def place(self, header: ChunkHeader) -> memoryview:
         """Where this chunk's payload goes: a writable view of `header.length` bytes.
 

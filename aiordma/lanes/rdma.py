@@ -28,6 +28,7 @@ from aiordma.lanes.outbox import WINDOWS, Frame, Kind, Outbox, WindowWork
 from aiordma.lanes.probe import PROBES, PathProbe
 from aiordma.lanes.registry import address_of
 from aiordma.lanes.rendezvous import Windows
+from aiordma.lanes.silence import PATIENCE_S, Silence
 from aiordma.ring import CELLS, WINDOW_CELLS, Ring
 from aiordma.wire import frames
 from aiordma.wire.frames import ChunkHeader, CreditHeader, WindowHeader
@@ -37,10 +38,6 @@ EXTRA_RECEIVES: Final = PROBES + 1 + 3 * WINDOWS
 
 _EAGER_BYTES: Final = 256 << 10
 """After copying so much the doorbell is rung, so that the device works while the next chunk is copied."""
-_PATIENCE_S: Final = 10.0
-"""How long a device may be silent over work that is under way, unless its queue pair says otherwise..."""
-_LEAST_BYTES_PER_S: Final = 64 << 10
-"""...and as long again as the chunks among it take at this rate: it need not tell of each."""
 _LINGER_S: Final = 0.5
 """How long a lane that closes waits for its END to arrive."""
 _FLUSH_S: Final = 2.0
@@ -94,13 +91,11 @@ class RdmaLane:
         self._outbox = outbox
         self._watch = watch
         self._handler: LaneHandler | None = None
-        self._early: list[Completion] = []
-        self._silent_s = 0.0
-        """Ticks since the device got new work, or told of any."""
-        self._patience_s = _PATIENCE_S
+        self._early: list[Completion] | None = []
+        """What came before the start."""
+        self._silence = Silence()
         self._sequence = 0
         self._is_scheduled = False
-        self._is_started = False
         self._is_over = False
         self._loss: Exception | None = None
         self._flushed = asyncio.Event()
@@ -139,12 +134,12 @@ class RdmaLane:
             self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
 
-    async def expose(self, patience_s: float = _PATIENCE_S) -> None:
+    async def expose(self, patience_s: float = PATIENCE_S) -> None:
         """Open our ring to the peer, before it is told that it may write. Raises `ChannelBroken`.
 
         `patience_s`: within it the device has got a packet through, or given up.
         """
-        self._patience_s = patience_s
+        self._silence.patience_s = patience_s
         self._flushed.clear()
         work_id = self._outbox.mark()
         try:
@@ -171,11 +166,10 @@ class RdmaLane:
     def _begin(self) -> None:
         if self._closing is not None or self._handler is None:
             return
-        self._is_started = True
+        early, self._early = self._early or [], None
         if self._is_over:
             self._handler.lost(self._loss)
             return
-        early, self._early = self._early, []
         self.completed(early)
 
     # Sending
@@ -192,7 +186,7 @@ class RdmaLane:
 
     @property
     def _may_submit(self) -> bool:
-        return self._is_started and not self._is_over and self._closing is None
+        return self._early is None and not self._is_over and self._closing is None
 
     def _flush(self, *, goes_on: bool = False) -> None:
         if self._may_submit:
@@ -201,7 +195,7 @@ class RdmaLane:
     def _submit(self, *, goes_on: bool = False) -> None:
         batch = self._outbox.batch(goes_on=goes_on)
         if batch:
-            self._silent_s = 0.0
+            self._silence.end()
             self._doorbell(batch)
 
     def _doorbell(self, batch: Sequence[Frame | WindowWork]) -> None:
@@ -213,25 +207,32 @@ class RdmaLane:
 
     # What the completion pump tells
 
+    def watch(self) -> None:
+        """The handler is busy: should the device tell nothing, look as long as it is."""
+        if not self._is_over and self._closing is None:
+            self._watch()
+
     def ticked(self, tick_s: float) -> bool:
         """A device that was silent for a whole tick hears the doorbell again, and one that stays silent is lost.
 
         Soft-RoCE needs it: its sending half sleeps while many packets are under way, may miss that they are gone
         (`need_req_skb` in rxe_req.c and rxe_net.c), and looks up at the next doorbell only.
         """
-        self._silent_s += tick_s
-        patience_s = self._patience_s + self._outbox.posted_bytes / _LEAST_BYTES_PER_S
-        if self._outbox.is_busy and self._closing is None and self._silent_s > patience_s:
+        silence, posted_bytes = self._silence, self._outbox.posted_bytes
+        silence.ticked(tick_s)
+        if self._outbox.is_busy and self._closing is None and silence.is_too_long(posted_bytes):
             self._unheard(
-                f"the device did not tell within {patience_s:.0f} s what became of its work: it hangs; see dmesg"
+                f"the device did not tell within {silence.limit_s(posted_bytes):.0f} s what became of its work: "
+                "it hangs; see dmesg"
             )
-        elif self._outbox.is_busy and self._may_submit and self._silent_s > tick_s:
+        elif self._outbox.is_busy and self._may_submit and silence.is_notable:
             self._doorbell(self._outbox.remind())
-        return self._outbox.is_busy
+        is_open = self._may_submit and self._handler is not None and self._handler.is_busy
+        return is_open or self._outbox.is_busy
 
     def completed(self, batch: Sequence[Completion]) -> None:
         """Work of ours is done, or frames of the peer's have come: one doorbell for all that follows from it."""
-        self._silent_s = 0.0
+        self._silence.end()
         is_scheduled, self._is_scheduled = self._is_scheduled, True
         for completion in batch:
             try:
@@ -276,8 +277,10 @@ class RdmaLane:
             if kind == Kind.END:  # nobody listens for ours
                 self._flushed.set()
             return
-        if self._handler is None or not self._is_started:
+        if self._early is not None:
             self._early.append(completion)
+            return
+        if self._handler is None:
             return
         self._qp.post_receives(1)  # before what it brought is spent
         if kind == Kind.CHUNK:
@@ -351,7 +354,7 @@ class RdmaLane:
         self._outbox.drop()
         self.probe.fail(exc or ChannelBroken(f"{self._qp.name}: the peer gave up"))
         self._loss = exc
-        if self._handler is not None and self._is_started and self._closing is None:
+        if self._handler is not None and self._early is None and self._closing is None:
             self._handler.lost(exc)
 
     async def _close(self) -> None:
@@ -362,7 +365,7 @@ class RdmaLane:
             await self._drain(self._submit, _LINGER_S)
         self._is_over = True
         await self._drain(self._fail, _FLUSH_S)
-        self._early.clear()
+        self._early = []
         await self._qp.aclose()
         self._outbox.completed(self._outbox.last_id)
         self.windows.end()
