@@ -1,7 +1,6 @@
 """The shell that joins a session, its lanes and the memory: everything that happens on a channel's loop.
 
-Chunks to send wait in one place only: for a claim and a credit, in `Sender.next`. Whatever frees one of the
-two ends in `_post`.
+Chunks to send wait in one place only, `Sender.next`: for a claim and a credit. What frees one ends in `_post`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from aiordma.errors import (
     RemoteProtocolError,
     again,
 )
+from aiordma.lanes.base import close_all
 from aiordma.loans import Loans
 from aiordma.outgoing import Outgoing
 from aiordma.port import Port, Subject
@@ -381,7 +381,7 @@ class Link:
             self.fail(ChannelClosed("this end closed the channel"))
         if self._closing is not None:
             self._closing.add_done_callback(self._free)  # even if this call is cancelled
-            await asyncio.shield(self._closing)
+            await asyncio.wait([self._closing])
         self._free()
 
     def _free(self, *_: object) -> None:
@@ -399,6 +399,6 @@ class Link:
         finally:
             self._control.abort()
             try:
-                await asyncio.gather(*(port.lane.aclose() for port in self.ports))
+                await close_all([port.lane for port in self.ports])
             finally:
                 self.loans.end()

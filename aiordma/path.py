@@ -28,6 +28,7 @@ from aiordma.errors import (
     RemoteProtocolError,
 )
 from aiordma.handshake import MAX_REASON_CHARS, Parts, hear, say
+from aiordma.lanes.base import close_all
 from aiordma.lanes.choice import SOFT_ROCE, Choice, choose
 from aiordma.lanes.rdma import RdmaLane
 from aiordma.lanes.registry import Registry
@@ -153,7 +154,7 @@ class RdmaPath:
     async def aclose(self) -> None:
         """Destroy the queue pairs."""
         lanes, self.lanes = self.lanes, []
-        await asyncio.gather(*(lane.aclose() for lane in lanes))
+        await close_all(lanes)
 
 
 class Agreed(msgspec.Struct, frozen=True):

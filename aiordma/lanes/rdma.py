@@ -73,7 +73,7 @@ class QueuePair(Protocol):
         """What the status of a completion that failed means, and its likely cause."""
 
     async def aclose(self) -> None:
-        """Destroy it and what it owns. The device touches none of its memory afterwards."""
+        """Destroy it, before anything is waited for, and what it owns. The device touches no memory of it then."""
 
 
 class RdmaLane:
@@ -99,7 +99,7 @@ class RdmaLane:
         self._is_over = False
         self._loss: Exception | None = None
         self._flushed = asyncio.Event()
-        self._closing: asyncio.Task[None] | None = None
+        self._closing: asyncio.Future[None] | None = None
         self.probe = PathProbe()
         self.windows = Windows(outbox, ring.slot_bytes, post=self._schedule, fail=self._unheard)
 
@@ -131,7 +131,8 @@ class RdmaLane:
 
     async def aclose(self) -> None:
         if self._closing is None:
-            self._closing = asyncio.get_running_loop().create_task(self._close())
+            self._closing = asyncio.get_running_loop().create_future()
+            await self._close(self._closing)
         await asyncio.shield(self._closing)
 
     async def expose(self, patience_s: float = PATIENCE_S) -> None:
@@ -357,18 +358,23 @@ class RdmaLane:
         if self._handler is not None and self._early is None and self._closing is None:
             self._handler.lost(exc)
 
-    async def _close(self) -> None:
-        """Say END, if somebody listens; flush; destroy."""
+    async def _close(self, closed: asyncio.Future[None]) -> None:
+        """Say END, if somebody listens; flush; destroy, and at once if it is cancelled."""
         was_started, self._handler = self._handler is not None, None
-        if was_started and not self._is_over:
-            self._outbox.end()
-            await self._drain(self._submit, _LINGER_S)
-        self._is_over = True
-        await self._drain(self._fail, _FLUSH_S)
-        self._early = []
-        await self._qp.aclose()
-        self._outbox.completed(self._outbox.last_id)
-        self.windows.end()
+        try:
+            if was_started and not self._is_over:
+                self._outbox.end()
+                await self._drain(self._submit, _LINGER_S)
+            self._is_over = True
+            await self._drain(self._fail, _FLUSH_S)
+        finally:
+            self._is_over, self._early = True, []
+            try:
+                await self._qp.aclose()
+            finally:
+                self._outbox.completed(self._outbox.last_id)
+                self.windows.end()
+                closed.set_result(None)
 
     def _fail(self) -> None:
         self._qp.fail(self._outbox.mark())
