@@ -94,6 +94,8 @@ class FakeQueuePair:
         """Bound ones: the first and the last address behind a key."""
         self.unbound: set[int] = set()
         self.is_out_of_windows = False
+        self.window_failure: OSError | None = None
+        """What closing one raises."""
         self._memory = ring, stages
         self._regions = [device.pin(address_of(r.memory), r.memory.nbytes) for r in (ring, stages)]
         self._stages_at = address_of(stages.memory)
@@ -128,6 +130,8 @@ class FakeQueuePair:
         def close() -> None:
             assert key not in self.windows or self.wire.is_gone, "it is bound"
             self.unbound.remove(key)
+            if self.window_failure is not None:
+                raise self.window_failure
 
         return Window(piece, key, None, close)
 

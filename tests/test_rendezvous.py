@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -355,3 +357,27 @@ async def test_damage_fails_the_transfer_and_not_the_channel(pair: Pair) -> None
     into[:] = CANARY
     await usable(near, far)
     assert (into == CANARY).all()
+
+
+@pytest.mark.parametrize("is_closing", [False, True])
+async def test_a_window_that_cannot_be_closed(is_closing: bool) -> None:
+    """A device that is gone may refuse even that. Nothing comes through it, all the same."""
+    reports: list[Any] = []
+    async with (
+        nothing_left(),
+        channel_pair("rdma", ChannelConfig(slot_bytes=SLOT, slots=4)) as (near, far),
+    ):
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: reports.append(context["exception"]))
+        into = registered(far)
+        queue_pair(far).window_failure = error = OSError(errno.EIO, "no such device")
+        queue_pair(near).wire.hold()
+        receiving = asyncio.create_task(far.recv_tensor(into=into))
+        sending = asyncio.create_task(near.send_tensor(noise(SIZE)))
+        await until(lambda: queue_pair(far).windows)
+        if is_closing:
+            await far.aclose()
+        queue_pair(near).wire.hold(False)
+        await asyncio.gather(receiving, sending, return_exceptions=True)
+        assert reports == [error]
+        assert is_closing or np.array_equal(into, noise(SIZE))

@@ -54,7 +54,7 @@ class Window(NamedTuple):
     key: int
     handle: Any
     close: Callable[[], None]
-    """To be called when it is not bound any more."""
+    """To be called when it is not bound any more. Raises `OSError`."""
 
 
 class WindowWork(NamedTuple):

@@ -113,7 +113,7 @@ class VerbsQueuePair:
             return None
         with api.as_os_error():
             handle = api.MW(self._memory.pd, enums.IBV_MW_TYPE_2)
-        return Window(piece, api.inc_rkey(handle.rkey), handle, handle.close)
+        return Window(piece, api.inc_rkey(handle.rkey), handle, api.as_os_error()(handle.close))
 
     def submit(self, batch: Sequence[Frame | WindowWork]) -> None:
         """Post all of it with one doorbell."""
