@@ -62,7 +62,7 @@ class VerbsQueuePair:
             ring=address_of(ring.memory),
             key=self._memory.key,
         )
-        self._sge = api.SGE(0, 0, 0)
+        self._sge, self._nothing = api.SGE(0, 0, 0), api.SGE(0, 0, 0)
         # One serves all receives: nothing is ever received into it.
         first_byte = api.SGE(self.address.ring, 1, self._memory.ring.lkey)
         self._receive = api.RecvWR(num_sge=1, sg=[first_byte])
@@ -116,7 +116,10 @@ class VerbsQueuePair:
         return Window(piece, api.inc_rkey(handle.rkey), handle, api.as_os_error()(handle.close))
 
     def submit(self, batch: Sequence[Frame | WindowWork]) -> None:
-        """Post all of it with one doorbell."""
+        """Post all of it with one doorbell.
+
+        What moves bytes is complete only when these are set, be they none: before, mlx5 has the next one overwrite it.
+        """
         assert self._peer is not None
         ring, ring_key, sge = self._peer.ring, self._peer.key, self._sge
         with api.as_os_error(), self._posting() as qp:
@@ -145,6 +148,8 @@ class VerbsQueuePair:
                 if frame.header:
                     self._header.raw = frame.header
                     qp.wr_set_inline_data(ctypes.addressof(self._header), HEADER_BYTES)
+                else:
+                    qp.wr_set_sge(self._nothing)
 
     def post_receives(self, count: int) -> None:
         """Be ready for so many more writes with immediate."""
@@ -160,6 +165,7 @@ class VerbsQueuePair:
             with self._posting() as qp:
                 qp.wr_id, qp.wr_flags = work_id, enums.IBV_SEND_SIGNALED
                 qp.wr_send()
+                qp.wr_set_sge(self._nothing)
 
     def explain(self, completion: Completion) -> str:
         """Name, number, and likely cause."""
