@@ -55,7 +55,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames aiordma.lanes.signals",
     "aiordma.lanes.probe": "",
     "aiordma.lanes.silence": "",
-    "aiordma.lanes.rendezvous": "aiordma.errors aiordma.wire.frames aiordma.lanes.outbox",
+    "aiordma.lanes.rendezvous": "aiordma.errors aiordma.ring aiordma.wire.frames aiordma.lanes.outbox",
     "aiordma.lanes.rdma": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames"
     " aiordma.lanes.base aiordma.lanes.completion aiordma.lanes.outbox aiordma.lanes.probe"
     " aiordma.lanes.registry aiordma.lanes.rendezvous aiordma.lanes.silence",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import numpy as np
@@ -86,3 +87,20 @@ async def test_a_lane_that_cannot_be_closed_in_order(monkeypatch: pytest.MonkeyP
         await asyncio.gather(sending, receiving, return_exceptions=True)
         assert was_gone == [True]
     assert [report["exception"] for report in reports] == [error]
+
+
+@pytest.mark.parametrize("is_closing", [False, True])
+async def test_a_window_that_cannot_be_closed(is_closing: bool) -> None:
+    """A device that is gone may refuse even that. Nothing comes through it, all the same."""
+    reports: list[Any] = []
+    async with nothing_left(), channel_pair("rdma", CONFIG) as (near, far):
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: reports.append(context["exception"]))
+        queue_pair(far).window_failure = error = OSError(errno.EIO, "no such device")
+        calls = await amid_a_transfer(near, far)
+        if is_closing:
+            await far.aclose()
+        queue_pair(near).wire.hold(False)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert reports == [error]
+        assert any(isinstance(outcome, Exception) for outcome in outcomes) == is_closing

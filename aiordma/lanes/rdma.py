@@ -101,7 +101,7 @@ class RdmaLane:
         self._flushed = asyncio.Event()
         self._closing: asyncio.Future[None] | None = None
         self.probe = PathProbe()
-        self.windows = Windows(outbox, ring.slot_bytes, post=self._schedule, fail=self._unheard)
+        self.windows = Windows(outbox, ring, post=self._schedule, fail=self._unheard)
 
     @property
     def room(self) -> int:

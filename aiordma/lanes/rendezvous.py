@@ -27,12 +27,32 @@ from typing import Final, NamedTuple
 
 from aiordma.errors import RemoteProtocolError
 from aiordma.lanes.outbox import WINDOWS, Outbox, Window
+from aiordma.ring import Ring
 from aiordma.wire.frames import ChunkHeader, WindowHeader
 
 _MIN_SLOTS: Final = 2
 """Memory for fewer chunks than these is received through the ring."""
 _STOP_S: Final = 10.0
-"""How long the peer may take to stop."""
+"""How long the peer may take to stop, or to the next chunk that it had posted before it heard of it."""
+
+
+class _Stopping:
+    """A window that the peer was told not to write to any more: loses the lane unless it is heeded."""
+
+    def __init__(self, unheard: Callable[[], None], slots: int) -> None:
+        self._unheard = unheard
+        self._left = slots
+        self._timer = asyncio.get_running_loop().call_later(_STOP_S, unheard)
+
+    def moved(self) -> None:
+        """A chunk came through it. No more can than there are slots: each was posted in one from before."""
+        self._left -= 1
+        if self._left >= 0:
+            self.cancel()
+            self._timer = asyncio.get_running_loop().call_later(_STOP_S, self._unheard)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
 
 
 class _Open(NamedTuple):
@@ -58,19 +78,19 @@ class Windows:
     def __init__(
         self,
         outbox: Outbox,
-        slot_bytes: int,
+        ring: Ring,
         *,
         post: Callable[[], None],
         fail: Callable[[str], None],
     ) -> None:
         """`post` rings the doorbell soon. `fail` ends the lane, for this reason."""
         self._outbox = outbox
-        self._min_bytes = _MIN_SLOTS * slot_bytes
+        self._slots, self._min_bytes = ring.slots, _MIN_SLOTS * ring.slot_bytes
         self._post = post
         self._fail = fail
         self._open: dict[int, _Open] = {}
         self._used: set[int] = set()
-        self._stopping: dict[int, asyncio.TimerHandle] = {}
+        self._stopping: dict[int, _Stopping] = {}
         self._is_over = False
 
     def open(self, transfer: int, parts: Sequence[tuple[int, memoryview]]) -> Lease | None:
@@ -107,6 +127,8 @@ class Windows:
         for number, opened in self._open.items():
             if opened.header.holds(header):
                 self._used.add(number)
+                if number in self._stopping:
+                    self._stopping[number].moved()
                 first = header.offset - opened.header.offset
                 return opened.memory[first : first + header.length]
         raise RemoteProtocolError(
@@ -121,8 +143,7 @@ class Windows:
                 self._outbox.invalidate(self._open[number].window)
             elif number not in self._stopping:
                 self._outbox.stop(number)
-                loop = asyncio.get_running_loop()
-                self._stopping[number] = loop.call_later(_STOP_S, self._unheard)
+                self._stopping[number] = _Stopping(self._unheard, self._slots)
         self._post()
 
     def _unheard(self) -> None:
@@ -132,10 +153,10 @@ class Windows:
 
     def stopped(self, number: int) -> None:
         """The peer writes no more through it. Raises `RemoteProtocolError` if it was not told to."""
-        timer = self._stopping.pop(number, None)
-        if timer is None:
+        stopping = self._stopping.pop(number, None)
+        if stopping is None:
             raise RemoteProtocolError(f"the peer stopped window {number}, which it was not told to")
-        timer.cancel()
+        stopping.cancel()
         self._outbox.invalidate(self._open[number].window)
 
     def invalidated(self, windows: Sequence[Window]) -> None:
@@ -147,8 +168,8 @@ class Windows:
         """The queue pair is destroyed, and with it the way to all of them."""
         self._is_over = True
         self._post, self._fail = _nothing, _nothing  # the lane's: a circle would keep its ring
-        for timer in self._stopping.values():
-            timer.cancel()
+        for stopping in self._stopping.values():
+            stopping.cancel()
         self._stopping.clear()
         for number in list(self._open):
             self._forget(number)
