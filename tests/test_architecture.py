@@ -52,7 +52,7 @@ ROOMS: Mapping[str, str] = {
     "aiordma.lanes": "",
     "aiordma.lanes.completion": "aiordma.errors",
     "aiordma.lanes.signals": "",
-    "aiordma.lanes.outbox": "aiordma.ring aiordma.wire aiordma.wire.frames aiordma.lanes.signals",
+    "aiordma.lanes.outbox": "aiordma.errors aiordma.ring aiordma.wire aiordma.wire.frames aiordma.lanes.signals",
     "aiordma.lanes.probe": "",
     "aiordma.lanes.silence": "",
     "aiordma.lanes.rendezvous": "aiordma.errors aiordma.ring aiordma.wire.frames aiordma.lanes.outbox",

@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 )
 
 from aiordma.config import MAX_SLOTS
+from aiordma.errors import RemoteProtocolError
 from aiordma.lanes.outbox import (
     MAX_PIECES,
     WINDOWS,
@@ -351,6 +352,20 @@ def test_chunks_that_may_be_the_last_ask(room: int) -> None:
     (frame,) = outbox.batch()
     assert frame.is_signalled
     assert not outbox.batch()
+
+
+def test_a_peer_cannot_have_us_say_stopped_without_end() -> None:
+    """Each STOP takes a window that was announced, and each announcement a STOPPED that is out."""
+    outbox = outbox_of(8, 80 + 5 * WINDOWS, 12)
+    window = WindowHeader(3, 9, 1, 0, 1, 1 << 40)
+    outbox.aim(window)
+    outbox.stopped(3)
+    with pytest.raises(RemoteProtocolError, match="stopped window 3, which was not open"):
+        outbox.stopped(3)
+    with pytest.raises(RemoteProtocolError, match="window 3 came anew before it had stopped"):
+        outbox.aim(window)
+    outbox.batch()
+    outbox.aim(window)
 
 
 def test_credits_alone_ask_now_and_then() -> None:

@@ -284,6 +284,7 @@ def header_of(slot: int, cell: int, *, is_credit: bool = False) -> Callable[[End
         (announce(Kind.CREDIT, CELLS), f"cell {CELLS}, which does not exist"),
         (announce(9, 0), "unknown immediate 0x90000"),
         (announce(Kind.PROBE, 7), "unknown immediate 0x20007"),
+        (announce(Kind.STOP, 5), "stopped window 5, which was not open"),
         (header_of(5, 3), "a chunk for slot 5 was announced in slot 3"),
         (header_of(0, 3, is_credit=True), "cell 3 holds a CreditHeader"),
     ],

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
+from aiordma.errors import RemoteProtocolError
 from aiordma.lanes.signals import Completions
 from aiordma.ring import CREDIT_CELLS, WINDOW_CELLS, Ring, slot_offset
 from aiordma.wire import frames
@@ -230,12 +231,16 @@ class Outbox:
     # Windows of the peer's
 
     def aim(self, window: WindowHeader) -> None:
-        """From now on chunks that belong there go there."""
+        """From now on chunks that belong there go there. Raises `RemoteProtocolError`."""
+        said = Kind.STOPPED << 16 | window.number
+        if any(isinstance(work, Frame) and work.immediate == said for work in self._special):
+            raise RemoteProtocolError(f"window {window.number} came anew before it had stopped")
         self._aims[window.number] = window
 
     def stopped(self, number: int) -> None:
-        """No more go there; the peer is told behind the last that did."""
-        self._aims.pop(number, None)
+        """No more go there; the peer is told behind the last that did. Raises `RemoteProtocolError`."""
+        if self._aims.pop(number, None) is None:
+            raise RemoteProtocolError(f"the peer stopped window {number}, which was not open")
         self._say(Kind.STOPPED, number)
 
     def _say(self, kind: Kind, number: int) -> None:
