@@ -309,7 +309,7 @@ def test_completions_are_few_in_bulk(
 ) -> None:
     """However soon they come, and however few slots a CREDIT gives back."""
     depth = 2 * slots + 160 + 5 * WINDOWS
-    outbox = outbox_of(slots, depth, slots + max(2, slots // 2))
+    outbox = outbox_of(slots, depth, slots + max(4, slots // 2))
     signalled = added = 0
     free, at_peer, due = list(range(slots)), deque[int](), deque[int]()
     total = 20 * slots
@@ -339,7 +339,7 @@ def test_completions_are_few_in_bulk(
         outbox.credited(count)
         if not is_prompt and len(due) > 1:
             outbox.completed(due.popleft())
-    apart = min(max(4, slots * 3 // 4), depth // 8)  # by slots, or by the send queue
+    apart = min(max(6, slots * 3 // 4), depth // 8)  # by slots, or by the send queue
     assert signalled <= added / apart + 3
 
 

@@ -77,6 +77,24 @@ async def test_the_cost_of_chunks_that_are_copied(loop_kind: str) -> None:
         assert sender.send_completions <= 64 / 4
 
 
+@pytest.mark.parametrize("is_registered", [False, True])
+@pytest.mark.parametrize("is_duplex", [False, True])
+@pytest.mark.parametrize("slots", [4, 5, 6, 8, 16, 64])
+async def test_completions_are_few_whatever_the_ring(
+    slots: int, is_duplex: bool, is_registered: bool
+) -> None:
+    config = ChannelConfig(slot_bytes=SLOT, slots=slots)
+    async with nothing_left(), channel_pair("rdma", config) as ends:
+        array = noise(128 * SLOT)
+        ways = [ends, ends[::-1]][: 1 + is_duplex]
+        for end, _ in ways if is_registered else ():
+            end.register(array)
+        calls = [(one.send_tensor(array), other.recv_tensor()) for one, other in ways]
+        await asyncio.gather(*(call for pair in calls for call in pair))
+        for end, _ in ways:
+            assert queue_pair(end).counts.send_completions <= 128 / 4
+
+
 @pytest.mark.parametrize("what", ["released", "another array", "a part of it"])
 async def test_registration_that_does_not_cover_it_is_no_registration(
     pair: Pair, what: str

@@ -36,7 +36,7 @@ class Needs(NamedTuple):
 
 def needs(slots: int, slot_bytes: int, peer_slots: int, peer_slot_bytes: int) -> Needs:
     """Of a lane with a ring of `slots`, to a peer with one of `peer_slots`."""
-    stages = peer_slots + max(2, peer_slots // 2)
+    stages = peer_slots + max(4, peer_slots // 2)
     return Needs(
         sends=2 * peer_slots + _QUEUE_SLACK,
         receives=slots + peer_slots + EXTRA_RECEIVES,

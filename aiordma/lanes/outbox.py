@@ -144,7 +144,7 @@ class Outbox:
         self._waiting: deque[_Chunk] = deque()
         self._posted: deque[_Posted] = deque()
         self._sequence = 0
-        self._completions = Completions(depth // 4, max(4, peer_slots * 3 // 4))
+        self._completions = Completions(depth // 4, max(6, peer_slots * 3 // 4))
 
     @property
     def room(self) -> int:
