@@ -156,9 +156,9 @@ class Link:
 
     def admit(self, header: ChunkHeader) -> Subject:
         verdict = self.session.receiver.admit(header)
-        if not isinstance(verdict, Incoming):
-            return verdict
-        return self.receptions.get(verdict.id, Verdict.DISCARD)  # it may cross this end's goodbye
+        if isinstance(verdict, Incoming):  # which may cross this end's goodbye
+            return self.receptions.get(verdict.id, Verdict.DISCARD)
+        return verdict
 
     def came(self, header: ChunkHeader, chunk: Chunk, subject: Subject) -> None:
         """A chunk is here, whole: check it, and hand it to its transfer."""
@@ -265,8 +265,7 @@ class Link:
             case wire.Acked():
                 self._acknowledged(event.transfer)
             case wire.Done():
-                send = self.sends.pop(event.transfer, None)
-                if send is not None and not send.consumed.done():
+                if (send := self.sends.pop(event.transfer, None)) and not send.consumed.done():
                     send.consumed.set_result(None)
             case wire.Abort():
                 self._aborted(event)
@@ -304,14 +303,12 @@ class Link:
     def _aborted(self, abort: wire.Abort) -> None:
         error = error_of(abort)
         if abort.by_sender:
-            reception = self.receptions.pop(abort.transfer, None)
-            if reception is not None:
+            if (reception := self.receptions.pop(abort.transfer, None)) is not None:
                 self._untake(reception)
                 reception.fail(error)
                 self.recall(reception)
             return
-        send = self.sends.pop(abort.transfer, None)
-        if send is not None:
+        if (send := self.sends.pop(abort.transfer, None)) is not None:
             self._recall(abort.transfer, is_sending=True)
             send.fail(error)
             self._fill_all()
@@ -343,8 +340,7 @@ class Link:
             if reception.is_waiting and now - reception.moved_at > idle_s:
                 timeout = reception.stalled(idle_s)
                 reception.give_up(timeout, str(timeout))
-        overdue = self._early.overdue(now - idle_s)
-        if overdue is not None:
+        if (overdue := self._early.overdue(now - idle_s)) is not None:
             self.fail(RemoteProtocolError(f"a chunk of transfer {overdue}, which was never opened"))
 
     # Ends
