@@ -27,6 +27,7 @@ from fedllm.messages import Commit, Ready, Task, check_arguments
 from fedllm.participation import Outcome, Status, exchange, tell, without_traceback
 from fedllm.shards import Peer, Shards
 from fedllm.strategy import Strategy
+from fedllm.threads import run_in_thread
 
 __all__ = ["BeforeCommit", "RoundResult", "run_round"]
 
@@ -77,7 +78,8 @@ async def run_round(
     Raises `QuorumNotReached`, with the outcomes, as soon as fewer than `min_silos` can be committed; all silos
     are told. Raises `WeightsError` or `aiordma.TensorError` for weights that cannot be averaged or sent, and
     `SettingError` for other arguments that cannot work.
-    Cancelled, it leaves each channel usable or closed and no task; the silos learn of it by their next task.
+    Cancelled, it leaves each channel usable or closed, no task, and no thread that folds; the silos learn of it by
+    their next task.
     """
     if min_silos < 1:
         raise SettingError(f"min_silos must be at least 1, not {min_silos}")
@@ -191,7 +193,7 @@ class _Round:
             if self._abandoned is None:
                 await self._phase(_At.UPLOADING, upload_s)
             if self._abandoned is None:
-                weights = await asyncio.to_thread(self._fold)
+                weights = await run_in_thread(lambda _: self._fold())
                 try:
                     if before_commit is not None:
                         await before_commit(weights, self._reports())

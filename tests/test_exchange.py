@@ -1,6 +1,7 @@
 """One silo's half of a round alone, and what is no silo's failure."""
 
 import asyncio
+import threading
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -84,5 +85,33 @@ async def test_what_is_no_silos_failure_is_raised():
         act = asyncio.ensure_future(takes_part(A)(silos["a"]))
         with pytest.raises(ZeroDivisionError):
             await run_round(servers, WEIGHTS, round=1, strategy=Broken(), min_silos=1)
+        act.cancel()
+        await asyncio.gather(act, return_exceptions=True)
+
+
+async def test_a_round_that_is_cancelled_while_it_folds_waits_for_the_thread():
+    loop, is_folding, may_end = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    trail: list[str] = []
+
+    class Slow(FedAvg):
+        def step(self, weights, combined):
+            loop.call_soon_threadsafe(is_folding.set)
+            may_end.wait()
+            trail.append("folded")
+            return combined
+
+    async with pairs("a") as (servers, silos):
+        act = asyncio.ensure_future(takes_part(A)(silos["a"]))
+        options: dict[str, Any] = {"round": 1, "strategy": Slow(), "min_silos": 1}
+        running = asyncio.ensure_future(run_round(servers, WEIGHTS, **options))
+        await is_folding.wait()
+        running.cancel()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not running.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert trail == ["folded"]
         act.cancel()
         await asyncio.gather(act, return_exceptions=True)
