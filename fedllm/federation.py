@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import msgspec
 
@@ -19,6 +18,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import CheckpointError, FedError, QuorumNotReached
 from fedllm.evaluation import Evaluation, run_evaluation
 from fedllm.history import History, Progress, RoundRecord, State
+from fedllm.hooks import Hook, SiloHook, Told, call
 from fedllm.membership import Membership, choose
 from fedllm.messages import Ready, check_arguments
 from fedllm.participation import Outcome, Status
@@ -28,9 +28,6 @@ from fedllm.threads import finish_in_thread
 from fedllm.tries import Tries
 
 __all__ = ["Federation"]
-
-T = TypeVar("T")
-Hook = Callable[[T], Awaitable[object] | object]
 
 
 class Federation:
@@ -58,7 +55,7 @@ class Federation:
         checkpoints: Checkpoints | None = None,
         on_round: Hook[RoundResult] | None = None,
         on_evaluation: Hook[Evaluation] | None = None,
-        on_silo: Callable[[str, str], object] | None = None,
+        on_silo: SiloHook | None = None,
         config: ChannelConfig | None = None,
     ) -> None:
         """`weights`: the first global weights; they are not changed. `arguments` are explained in `run_round`.
@@ -71,7 +68,8 @@ class Federation:
         resumes does not call them again. `on_silo` is called with a silo's name, or the address of one that has none,
         and what became of it: "rank 0 of 2 is there" (if it is sharded), "joined", "refused: ...",
         "caught up" (it was late), "gone: ...", and, of a try that lost its quorum, "refused in round 3: ..." or the
-        like. What they raise ends the run, or that silo's membership.
+        like; if it returns an awaitable, that is awaited beside the run, before the one of the next call. What they
+        raise ends the run, or that silo's membership.
 
         Raises `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such that cannot be
         sent, `SettingError` for arguments that no silo can be told.
@@ -87,10 +85,10 @@ class Federation:
         self._checkpoints = checkpoints
         self._on_round = on_round
         self._on_evaluation = on_evaluation
-        self._on_silo = on_silo
+        self._told = Told(on_silo)
         self._config = config
         self._members = Membership(
-            settings, fingerprint, self._weights, self._report, takes_parts=takes_parts
+            settings, fingerprint, self._weights, self._told.tell, takes_parts=takes_parts
         )
         self._records: list[RoundRecord] = []
         self._progress = Progress()
@@ -196,6 +194,7 @@ class Federation:
                 await self._members.give_up(exc.reason)
                 raise
             await self._members.part(self._weights, self._progress.cohort)
+            await self._told.heard()
             return self.history
         finally:
             await self.aclose()
@@ -205,6 +204,7 @@ class Federation:
         serving, self._serving = self._serving, None
         if serving is not None:
             await serving.aclose()
+        await self._told.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -226,7 +226,8 @@ class Federation:
         while not self._is_over():
             result = await self._succeed()
             self._records.append(RoundRecord.of(result))
-            await _call(self._on_round, result)
+            await call(self._on_round, result)
+            await self._told.heard()
             await self._evaluate()
 
     def _is_over(self) -> bool:
@@ -320,11 +321,7 @@ class Federation:
         for name, outcome in outcomes.items():
             is_told = isinstance(outcome.error, ChannelError)
             if outcome.status is not Status.ABANDONED and not is_told:
-                self._report(name, f"{outcome.status} in round {round}: {outcome.reason}")
-
-    def _report(self, name: str, what: str) -> None:
-        if self._on_silo is not None:
-            self._on_silo(name, what)
+                self._told.tell(name, f"{outcome.status} in round {round}: {outcome.reason}")
 
     def _choose(self, free: Collection[str]) -> list[str]:
         settings = self._settings
@@ -353,11 +350,4 @@ class Federation:
         figures = self._progress.figures + self._figure(evaluation.metrics)
         self._progress = replace(self._progress, evaluated=round, figures=figures)
         await self._save(self._weights, self._progress)
-        await _call(self._on_evaluation, evaluation)
-
-
-async def _call(hook: Hook[T] | None, news: T) -> None:
-    if hook is not None:
-        answer = hook(news)
-        if inspect.isawaitable(answer):
-            await answer
+        await call(self._on_evaluation, evaluation)

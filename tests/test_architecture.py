@@ -131,7 +131,9 @@ ROOMS: Mapping[str, str] = {
     "fedllm.membership": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.shards fedllm.assembly"
     " fedllm.sending",
     "fedllm.federation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.participation fedllm.rounds"
-    " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint fedllm.threads fedllm.tries",
+    " fedllm.evaluation fedllm.history fedllm.membership fedllm.checkpoint fedllm.threads fedllm.tries"
+    " fedllm.hooks",
+    "fedllm.hooks": "",
     "fedllm.tries": "aiordma aiordma.errors fedllm.participation",
     "fedllm.backoff": "fedllm.errors fedllm.config",
     "fedllm.kept": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.checkpoint",

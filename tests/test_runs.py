@@ -256,3 +256,41 @@ async def test_what_a_callback_raises_ends_the_run():
             await take_part(address, "a", 1)
         with pytest.raises(ZeroDivisionError):
             await run
+
+
+async def test_a_coroutine_may_be_told_of_silos_one_thing_after_the_other():
+    log, told = Log(), list[str]()
+
+    async def on_silo(name: str, what: str) -> None:
+        told.append(f"begin {what}")
+        await asyncio.sleep(0)
+        told.append(f"end {what}")
+        log.silo(name, what)
+
+    async with running(log, rounds=2, on_silo=on_silo) as (address, run):
+        await asyncio.gather(take_part(address, "a", 1), run)
+    whats = [line.removeprefix("a ") for line in log.lines]
+    assert whats[0] == "joined"
+    assert told == [f"{when} {what}" for what in whats for when in ("begin", "end")]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_what_a_coroutine_raises_that_is_told_of_silos_ends_the_run(hangs: bool):
+    async def on_silo(name: str, what: str) -> None:
+        if what == "joined":
+            is_told.set()
+            await (asyncio.Event().wait() if hangs else asyncio.sleep(0))
+            raise ZeroDivisionError
+
+    is_told = asyncio.Event()
+    async with running(Log(), on_silo=on_silo, rounds=2) as (address, run):
+        silo = asyncio.ensure_future(take_part(address, "a", 1))
+        await is_told.wait()
+        if hangs:  # which is what a run that is cancelled twice does not wait for
+            run.cancel()
+            await asyncio.wait({run}, timeout=DEADLINE_S)
+            run.cancel()
+        with pytest.raises(asyncio.CancelledError if hangs else ZeroDivisionError):
+            await run
+        with pytest.raises(ServerLost):
+            await silo
