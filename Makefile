@@ -17,6 +17,16 @@ python := $(VENV)/bin/python
 # The name holds TORCH, so that another TORCH sets up again.
 ready  := $(VENV)/.ready-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 
+# The distribution's pyverbs alone, if it is built for this interpreter: where the host has an RDMA device, `make test`
+# then runs the tests that are marked `verbs`.
+define link_pyverbs
+suffix=$$($(python) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'); \
+site=$$($(python) -c 'import sysconfig; print(sysconfig.get_path("platlib"))'); \
+for module in /usr/lib/python3/dist-packages/pyverbs/device$$suffix \
+  /usr/lib64/python3*/site-packages/pyverbs/device$$suffix; do \
+  [ ! -e "$$module" ] || [ -e "$$site/pyverbs" ] || ln -s "$${module%/*}" "$$site/pyverbs"; done
+endef
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-rdma test-rdma-source lint bench clean
@@ -60,4 +70,5 @@ $(ready): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(python) -m pip install --quiet '$(TORCH)'
 	$(python) -m pip install --quiet -e '.[fedllm,uvloop,test,dev]'
+	@$(link_pyverbs)
 	@touch $@

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aiordma.lanes.outbox import Window
 from tests.softroce.lanes import resources
 
 NODE = Path("/softroce")
@@ -14,11 +15,32 @@ NODE = Path("/softroce")
 
 
 @pytest.fixture
-async def clean_device() -> AsyncIterator[None]:
-    """Every device object that the test made is gone after it."""
-    before = resources()
+async def clean_device(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Every device object that the test made is gone after it.
+
+    rdma-resource(8) does not show memory windows: those to tensors are counted where they are opened and closed.
+    """
+    from aiordma.lanes.verbs import VerbsQueuePair
+
+    before, windows = resources(), list[Window]()
+    open_window = VerbsQueuePair.open_window
+
+    def opened(pair: VerbsQueuePair, memory: memoryview) -> Window | None:
+        window = open_window(pair, memory)
+        if window is None:
+            return None
+        windows.append(window)
+
+        def close() -> None:
+            window.close()
+            windows.remove(window)
+
+        return window._replace(close=close)
+
+    monkeypatch.setattr(VerbsQueuePair, "open_window", opened)
     yield
     assert resources() == before
+    assert not windows
 
 
 @pytest.fixture

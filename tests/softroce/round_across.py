@@ -1,7 +1,8 @@
 """Runs on two nodes at once: federated rounds of numpy-only silos on node 1, led by node 0, over either kind of lane.
 
 OUT holds `start.npz`, the arrays to begin with. Node 0 leaves there `rounds.json`: by kind of lane, a digest of the
-result, what the channels said of their lanes, and seconds. With BLOCK=1 node 1 drops all RoCE packets that it sends.
+result, what the channels said of their lanes, and seconds; node 1 leaves `connected.json`, how many of them a silo
+needed to connect. With BLOCK=1 node 1 drops all RoCE packets that it sends.
 """
 
 import asyncio
@@ -22,7 +23,8 @@ import fedllm
 _PORT: Final = 7777
 _ROUNDS: Final = 2
 _SILOS: Final = ("bank", "hospital")
-_CONFIG: Final = aiordma.ChannelConfig(slot_bytes=1 << 15, probe_s=5, connect_timeout_s=60)
+PROBE_S: Final = 5.0
+_CONFIG: Final = aiordma.ChannelConfig(slot_bytes=1 << 15, probe_s=PROBE_S, connect_timeout_s=60)
 _TIMEOUT_S: Final = 120.0
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -56,9 +58,13 @@ async def lead(own: str, out: Path) -> None:
     (out / "rounds.json").write_text(json.dumps(results))
 
 
-async def take_part(server: str, name: str, require: Literal["tcp"] | None) -> None:
+async def take_part(
+    server: str, name: str, require: Literal["tcp"] | None, connected_s: list[float]
+) -> None:
     """Node 1, one silo: what stands for training is fixed by its name and the round."""
-    async with await _connected(server, require) as channel, fedllm.Silo(channel, name) as silo:
+    channel, seconds = await _connected(server, require)
+    connected_s.append(seconds)
+    async with channel, fedllm.Silo(channel, name) as silo:
         await channel.send(name)
         async for task in silo.rounds():
             rng = np.random.default_rng([task.round, _SILOS.index(name)])
@@ -70,26 +76,30 @@ async def take_part(server: str, name: str, require: Literal["tcp"] | None) -> N
                 break
 
 
-async def _connected(server: str, require: Literal["tcp"] | None) -> aiordma.Channel:
-    """The other node may still be booting, or be at the rounds before."""
+async def _connected(server: str, require: Literal["tcp"] | None) -> tuple[aiordma.Channel, float]:
+    """The other node may still be booting, or be at the rounds before. Also how long it took when it was not."""
     deadline = time.monotonic() + _TIMEOUT_S
     while True:
+        started = time.monotonic()
         try:
-            return await aiordma.connect(
+            channel = await aiordma.connect(
                 server, _PORT, config=_CONFIG, require=require, timeout_s=30
             )
+            return channel, time.monotonic() - started
         except aiordma.ConnectError:
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.2)
 
 
-async def follow(server: str) -> None:
+async def follow(server: str, out: Path) -> None:
     """Node 1: all silos in one process."""
+    connected_s: list[float] = []
     for require in ("tcp", None):
         async with asyncio.TaskGroup() as silos:
             for name in _SILOS:
-                silos.create_task(take_part(server, name, require))
+                silos.create_task(take_part(server, name, require, connected_s))
+    (out / "connected.json").write_text(json.dumps(connected_s))
 
 
 def block_roce() -> None:
@@ -118,4 +128,4 @@ if __name__ == "__main__":
     else:
         if env.get("BLOCK"):
             block_roce()
-        asyncio.run(asyncio.wait_for(follow(env["PEER"]), _TIMEOUT_S))
+        asyncio.run(asyncio.wait_for(follow(env["PEER"], Path(env["OUT"])), _TIMEOUT_S))

@@ -186,14 +186,15 @@ def queue_pair(channel: Channel) -> Any:
 
 
 _BY_DEVICE = (
-    r"lane 0 \(verbs\) is lost: \S+/\d, queue pair \d+ to \d+ at \S+: work completion status \d+ \("
+    r"lane 0 \(verbs\) is lost: \S+/\d, queue pair \d+ to \d+ at \S+: "
+    r"work completion status \d+ \(\w+, vendor error 0x[0-9a-f]+\): \w+ .*; connect again"
 )
 
 
 async def broken(
     near: Channel, far: Channel, match: str, *, nbytes: int = SIZE, ends: int = 1
 ) -> None:
-    """A transfer fails at both ends, with typed errors; so many of them say what the device said."""
+    """A transfer fails at both ends, with typed errors; so many of them say status and likely cause."""
     array = noise(nbytes)
     near.register(array)
     results = await asyncio.gather(
