@@ -250,6 +250,7 @@ class Link:
         """The control connection ended, which a lane's loss may have led to at the peer's."""
         broken = ChannelBroken(
             "the peer ended the connection without a goodbye: it died, or was cut off; see its log, and connect again"
+            + "".join(port.whereabouts for port in self.ports)
         )
         broken.__cause__ = exc
         self.fail(next((port.loss for port in self.ports if port.loss), broken))
@@ -378,7 +379,6 @@ class Link:
         if self._closing is not None:
             self._closing.add_done_callback(self._free)  # even if this call is cancelled
             await asyncio.wait([self._closing])
-        self._free()
 
     def _free(self, *_: object) -> None:
         for port in self.ports:

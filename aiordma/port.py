@@ -87,6 +87,11 @@ class Port:
     def is_busy(self) -> bool:
         return self._owner.is_busy
 
+    @property
+    def whereabouts(self) -> str:
+        """To be added to an error of the channel: where its lane was, if on a device."""
+        return "" if self._rdma is None else f"; lane {self.index} (verbs) was {self._rdma.name}"
+
     def watch(self) -> None:
         """The link is busy."""
         if self._rdma is not None:

@@ -214,7 +214,7 @@ async def test_a_send_whose_peer_dies_returns_when_the_queue_pair_is_gone(
             await turns(20)
             assert not sending.done()
             far._link._control.abort()
-        with pytest.raises(ChannelBroken):
+        with pytest.raises(ChannelBroken, match=rf"lane 0 \(verbs\) .*{device.name}"):
             await sending
     assert device.wire.is_idle
     assert device.counts.read_bytes == 0

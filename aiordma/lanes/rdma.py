@@ -104,6 +104,11 @@ class RdmaLane:
         self.windows = Windows(outbox, ring, post=self._schedule, fail=self._unheard)
 
     @property
+    def name(self) -> str:
+        """Its queue pair's."""
+        return self._qp.name
+
+    @property
     def room(self) -> int:
         return 0 if self._is_over or self._closing is not None else self._outbox.room
 
