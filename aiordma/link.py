@@ -353,7 +353,7 @@ class Link:
         self.error = error
         if isinstance(error, RemoteProtocolError):
             # The peer hears why, if it still reads; nobody waits for that.
-            self.session.bye(f"it breaks the protocol: {error.args[0]}")
+            self.session.bye(f"what came breaks the protocol: {error.args[0]}")
             self.flush()
         self._pulse.stop(error)
         for send in list(self.sends.values()):

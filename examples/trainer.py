@@ -57,14 +57,15 @@ def arguments(seed: int, folder: str) -> TrainingArguments:
     )
 
 
-async def take_part(address: tuple[str, int], name: str, folder: str) -> None:
+async def take_part(address: tuple[str, int], name: str, folder: str, turn: asyncio.Lock) -> None:
     model, rows = make_model(), rows_of(MODULES[name])
     async with fedllm.join(*address, name=name, fingerprint={}) as silo:
         async for task in silo.rounds():
             load_full(model, task.weights)
-            trainer = Trainer(model, arguments(task.round, folder), train_dataset=rows)
-            trainer.remove_callback(PrinterCallback)
-            metrics = await run_trainer(trainer)
+            async with turn:
+                trainer = Trainer(model, arguments(task.round, folder), train_dataset=rows)
+                trainer.remove_callback(PrinterCallback)
+                metrics = await run_trainer(trainer)
             await task.submit(
                 full_arrays(model), weight=len(rows), metrics={"loss": metrics["train_loss"]}
             )
@@ -77,11 +78,12 @@ async def main() -> None:
         fingerprint={},
         on_round=lambda result: print(f"round {result.round}: loss {result.metrics['loss']:.2f}"),
     )
+    turn = asyncio.Lock()  # both silos are in this process, and so is accelerate's one state
     with tempfile.TemporaryDirectory() as folder:
         async with server, asyncio.TaskGroup() as silos:
             address = await server.start()
             for name in MODULES:
-                silos.create_task(take_part(address, name, folder))
+                silos.create_task(take_part(address, name, folder, turn))
             await server.run()
 
 

@@ -19,7 +19,8 @@ async def run_trainer(trainer: Trainer) -> dict[str, float]:
 
     Make a Trainer a round, with a seed of that round (``TrainingArguments(seed=...)``): one that is used
     again keeps its optimizer's moments, which belong to weights that are gone, and draws the same batches
-    in the same order each time. `trainer.model` is trained in place, where `full_arrays` or
+    in the same order each time. One at a time in a process, from making it on: accelerate keeps one state for all
+    Trainers, and a new one clears it. `trainer.model` is trained in place, where `full_arrays` or
     `lora_arrays` find it.
 
     Cancelled, training ends after the step in progress, and this returns when it has: see `run_in_thread`.

@@ -204,7 +204,7 @@ async def test_who_breaks_the_protocol_hears_how(role):
     async with connected(role) as (_, foreign):
         await foreign.say_body(99, b"\x90")
         goodbye = await foreign.hear(control.Bye)
-        assert goodbye.reason == "it breaks the protocol: a control frame of unknown kind 99"
+        assert goodbye.reason == "what came breaks the protocol: a control frame of unknown kind 99"
         await foreign.ended()
 
 

@@ -104,7 +104,7 @@ async def running(server: Federation) -> AsyncIterator[tuple[int, asyncio.Task[H
     [
         (2, None, False, "in order", "closed the channel"),
         (3, 2, False, "in order", "the peer closed the channel: goodbye"),
-        (3, None, True, "is gone", "the peer ended the connection without a goodbye"),
+        (3, None, True, "is gone", "the peer closed the channel: what came breaks the protocol"),
     ],
     ids=["the run is over", "the silo leaves", "the silo breaks off"],
 )

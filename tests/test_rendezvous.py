@@ -385,7 +385,7 @@ async def test_a_channel_that_closes_amid_it(pair: Pair) -> None:
 async def test_damage_fails_the_transfer_and_not_the_channel(pair: Pair) -> None:
     near, far = pair
     into = registered(far)
-    with mock.patch("aiordma.wire.frames.payload_check", return_value=7):
+    with mock.patch("aiordma.outgoing.payload_check", return_value=7):
         sending = asyncio.create_task(near.send_tensor(noise(SIZE)))
         with pytest.raises(ChecksumError):
             await far.recv_tensor(into=into)
