@@ -17,7 +17,7 @@ MAX_BREAKS: Final = 2
 """One whose connection broke so often is asked only if there is no quorum without it."""
 FIRST_PAUSE_S: Final = 0.5
 """Before a try that needs such a silo; it doubles with each break more."""
-MOST_PAUSE_S: Final = 60.0
+MOST_PAUSE_S: Final = 15.0
 
 
 class Tries:

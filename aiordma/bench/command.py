@@ -17,7 +17,7 @@ from aiordma.bench import far, fedrdma, fedrdma_report, lane, lane_report, repor
 from aiordma.bench.fedrdma import FedPlan
 from aiordma.bench.lane import LanePlan
 from aiordma.bench.near import Address
-from aiordma.bench.plan import KiB, Plan, default_congestion
+from aiordma.bench.plan import KiB, MiB, Plan, default_congestion
 from aiordma.bench.run import measure
 
 Say = Callable[[str], None]
@@ -27,7 +27,7 @@ _PORT: Final = 18516
 _QUICK: Final = Plan(
     sizes=(64, 300 * KiB, 3 << 20), lanes=(1, 2), rounds=2, round_trips=50, stall_s=30
 )
-_QUICK_LANE: Final = LanePlan(sizes=(64 * KiB,), rounds=2, total_bytes=512 * KiB)
+_QUICK_LANE: Final = LanePlan(sizes=(64 * KiB,), rounds=2, total_bytes=2 * MiB)
 _QUICK_FED: Final = FedPlan(scale=48, chunk_bytes=64 * KiB, rounds=1)
 
 

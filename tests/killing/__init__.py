@@ -31,7 +31,7 @@ from fedllm import (
 
 ROOT: Final = Path(__file__).parents[1]
 CONFIG: Final = ChannelConfig(slot_bytes=1 << 14, slots=4, close_timeout_s=1.0)
-BACKOFF: Final = Backoff(first_s=0.02, most_s=0.2, patience_s=8.0)
+BACKOFF: Final = Backoff(first_s=0.02, most_s=0.2, patience_s=30.0)
 FINGERPRINT: Final = {"weights": "1"}
 SILOS: Final = ("a", "b", "c")
 ROUNDS: Final = 12
