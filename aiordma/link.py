@@ -5,13 +5,11 @@ Chunks to send wait in one place only, `Sender.next`: for a claim and a credit. 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-
 from aiordma.chunk import Chunk
 from aiordma.config import ChannelConfig
 from aiordma.control import Control
 from aiordma.early import EarlyChunks
+from aiordma.ending import Ending
 from aiordma.errors import (
     AiordmaError,
     ChannelBroken,
@@ -20,7 +18,6 @@ from aiordma.errors import (
     RemoteProtocolError,
     again,
 )
-from aiordma.lanes.base import close_all
 from aiordma.loans import Loans
 from aiordma.outgoing import Outgoing
 from aiordma.port import Port, Subject
@@ -54,7 +51,7 @@ class Link:
         self._early = EarlyChunks()
         self._control = control
         self._pulse = Pulse(self, config.idle_timeout_s, config.heartbeat_s)
-        self._closing: asyncio.Task[None] | None = None
+        self._ending = Ending(control, self.loans, config.close_timeout_s)
 
     def start(self, ports: list[Port]) -> None:
         """Begin to move, once every lane is there."""
@@ -280,7 +277,8 @@ class Link:
             case wire.Pong():
                 self.counters.rtt_s = self._pulse.answered(event.token) or self.counters.rtt_s
             case wire.Bye():
-                self.fail(ChannelClosed(f"the peer closed the channel: {event.reason}"))
+                ending = ChannelBroken if event.is_fault else ChannelClosed
+                self.fail(ending(f"the peer closed the channel: {event.reason}"))
 
     def _opened(self, incoming: Incoming) -> None:
         reception = self.receptions[incoming.id] = Reception(incoming, self, self._pulse.now())
@@ -353,7 +351,7 @@ class Link:
         self.error = error
         if isinstance(error, RemoteProtocolError):
             # The peer hears why, if it still reads; nobody waits for that.
-            self.session.bye(f"what came breaks the protocol: {error.args[0]}")
+            self.session.bye(f"what came breaks the protocol: {error.args[0]}", is_fault=True)
             self.flush()
         self._pulse.stop(error)
         for send in list(self.sends.values()):
@@ -368,7 +366,7 @@ class Link:
         self._early.clear()
         for ending in (*self.gates, self.transfers, self.messages):
             ending.fail(error)
-        self._closing = asyncio.get_running_loop().create_task(self._close(error))
+        self._ending.begin(self.ports, is_orderly=isinstance(error, ChannelClosed))
 
     async def aclose(self, reason: str) -> None:
         """Say goodbye, wait up to `close_timeout_s` for the peer's, then let go of everything."""
@@ -376,25 +374,4 @@ class Link:
             self.session.bye(reason)
             self.flush()
             self.fail(ChannelClosed("this end closed the channel"))
-        if self._closing is not None:
-            self._closing.add_done_callback(self._free)  # even if this call is cancelled
-            await asyncio.wait([self._closing])
-
-    def _free(self, *_: object) -> None:
-        for port in self.ports:
-            port.ring.close()
-
-    async def _close(self, error: ChannelBroken | ChannelClosed) -> None:
-        try:
-            if isinstance(error, ChannelClosed):
-                # The peer answers a goodbye by ending the connection; a goodbye of its own is answered so.
-                self._control.close()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.config.close_timeout_s):
-                        await self._control.wait_ended()
-        finally:
-            self._control.abort()
-            try:
-                await close_all([port.lane for port in self.ports])
-            finally:
-                self.loans.end()
+        await self._ending.over(self.ports)

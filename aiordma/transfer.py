@@ -258,6 +258,9 @@ class Reception:
 
     def _store(self, chunk: Chunk) -> None:
         assert self._destination is not None
+        if self._on_chunk is not None and not chunk.is_direct:
+            # A device's peer may go on writing to the slot: what is looked at is to be what is kept.
+            self._owner.copied(chunk.move_aside())
         if not chunk.is_direct:
             self._owner.copied(self._destination.scatter(chunk.offset, chunk.view))
         self._placed_bytes += chunk.nbytes

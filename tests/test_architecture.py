@@ -75,11 +75,12 @@ ROOMS: Mapping[str, str] = {
     "aiordma.registration": "",
     "aiordma.path": "aiordma.errors aiordma.config aiordma.ring aiordma.handshake aiordma.lanes.choice"
     f" aiordma.lanes.base aiordma.lanes.rdma aiordma.lanes.registry aiordma.lanes.verbs {WIRE}",
+    "aiordma.ending": "aiordma.control aiordma.lanes.base aiordma.loans aiordma.port",
     "aiordma.early": "aiordma.chunk aiordma.wire.frames",
     "aiordma.port": "aiordma.errors aiordma.ring aiordma.stats aiordma.outgoing aiordma.chunk aiordma.transfer"
     f" aiordma.lanes.base aiordma.lanes.rdma {WIRE}",
     "aiordma.link": "aiordma.errors aiordma.config aiordma.outgoing aiordma.stats aiordma.chunk aiordma.control"
-    f" aiordma.lanes.base aiordma.pulse aiordma.queues aiordma.transfer aiordma.early"
+    f" aiordma.pulse aiordma.queues aiordma.transfer aiordma.early aiordma.ending"
     f" aiordma.loans aiordma.port {WIRE}",
     "aiordma.channel": "aiordma.errors aiordma.outgoing aiordma.tensors aiordma.stats aiordma.transfer aiordma.link"
     f" aiordma.registration aiordma.lanes.registry {WIRE}",

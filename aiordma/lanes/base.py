@@ -87,8 +87,14 @@ async def close_all(lanes: Sequence[Lane]) -> None:
     try:
         outcomes = await asyncio.gather(*(lane.aclose() for lane in lanes), return_exceptions=True)
     finally:
+        cancelled: asyncio.CancelledError | None = None
         for lane in lanes:  # perhaps one was cancelled before it had begun
-            await lane.aclose()
+            try:
+                await lane.aclose()
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None:
+            raise cancelled
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             asyncio.get_running_loop().call_exception_handler(

@@ -117,6 +117,7 @@ class _Posted(NamedTuple):
     work_requests: int
     chunk: _Chunk | None
     invalidated: Window | None = None
+    immediate: int | None = None
 
 
 class Outbox:
@@ -160,6 +161,11 @@ class Outbox:
     def is_busy(self) -> bool:
         """Whether anything is under way."""
         return bool(self._posted)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a completion is."""
+        return self._completions.is_due
 
     @property
     def posted_bytes(self) -> int:
@@ -217,6 +223,11 @@ class Outbox:
     def stop(self, number: int) -> None:
         """Ask the peer to write no more through it."""
         self._say(Kind.STOP, number)
+
+    def is_stopping(self, number: int) -> bool:
+        """Whether the peer may not have heard that it is to stop."""
+        said, work = Kind.STOP << 16 | number, (*self._special, *self._posted)
+        return any(isinstance(one, Frame | _Posted) and one.immediate == said for one in work)
 
     def invalidate(self, window: Window) -> None:
         """Let nothing more through; `take_invalidated` has it when that is so."""
@@ -363,12 +374,13 @@ class Outbox:
 
     def _hand_out(self, work: W, chunk: _Chunk | None) -> W:
         self.last_id += 1
-        work_requests, invalidated = 1, None
+        work_requests, invalidated, immediate = 1, None, None
         if isinstance(work, Frame):
             work_requests += len(work.pieces)
+            immediate = work.immediate
         elif not work.is_bind:
             invalidated = work.window
-        self._posted.append(_Posted(self.last_id, work_requests, chunk, invalidated))
+        self._posted.append(_Posted(self.last_id, work_requests, chunk, invalidated, immediate))
         self._completions.posted(work_requests, is_chunk=chunk is not None)
         is_signalled = work.is_signalled or self._completions.is_enough
         if is_signalled:

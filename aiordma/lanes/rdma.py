@@ -225,7 +225,7 @@ class RdmaLane:
         (`need_req_skb` in rxe_req.c and rxe_net.c), and looks up at the next doorbell only.
         """
         silence, posted_bytes = self._silence, self._outbox.posted_bytes
-        silence.ticked(tick_s)
+        silence.ticked(tick_s, is_due=self._outbox.is_due)
         if self._outbox.is_busy and self._closing is None and silence.is_too_long(posted_bytes):
             self._unheard(
                 f"the device did not tell within {silence.limit_s(posted_bytes):.0f} s what became of its work: "
@@ -238,7 +238,7 @@ class RdmaLane:
 
     def completed(self, batch: Sequence[Completion]) -> None:
         """Work of ours is done, or frames of the peer's have come: one doorbell for all that follows from it."""
-        self._silence.end()
+        self._silence.end(is_paid=any(completion.wr_id for completion in batch))
         is_scheduled, self._is_scheduled = self._is_scheduled, True
         for completion in batch:
             try:
@@ -313,6 +313,7 @@ class RdmaLane:
             raise RemoteProtocolError(
                 f"a chunk for slot {header.slot} was announced in slot {slot}"
             )
+        self.windows.moved()
         target = handler.place(header)
         if header.is_in_place:
             payload = self.windows.payload(header)

@@ -22,6 +22,7 @@ the memory region. Nothing of a transfer is to be believed before the window is 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -45,11 +46,14 @@ class _Stopping:
         self._timer = asyncio.get_running_loop().call_later(_STOP_S, unheard)
 
     def moved(self) -> None:
-        """A chunk came through it. No more can than there are slots: each was posted in one from before."""
+        """A chunk came. No more can than there are slots: each was posted in one from before."""
         self._left -= 1
         if self._left >= 0:
-            self.cancel()
-            self._timer = asyncio.get_running_loop().call_later(_STOP_S, self._unheard)
+            self.wait()
+
+    def wait(self) -> None:
+        self.cancel()
+        self._timer = asyncio.get_running_loop().call_later(_STOP_S, self._unheard)
 
     def cancel(self) -> None:
         self._timer.cancel()
@@ -122,13 +126,16 @@ class Windows:
         self._post()
         return lease
 
+    def moved(self) -> None:
+        """A chunk came, wherever it went: what says that the peer stopped is behind all that it had posted."""
+        for stopping in self._stopping.values():
+            stopping.moved()
+
     def payload(self, header: ChunkHeader) -> memoryview:
         """Where this chunk was written to. Raises `RemoteProtocolError` if that is nowhere."""
         for number, opened in self._open.items():
             if opened.header.holds(header):
                 self._used.add(number)
-                if number in self._stopping:
-                    self._stopping[number].moved()
                 first = header.offset - opened.header.offset
                 return opened.memory[first : first + header.length]
         raise RemoteProtocolError(
@@ -143,10 +150,17 @@ class Windows:
                 self._outbox.invalidate(self._open[number].window)
             elif number not in self._stopping:
                 self._outbox.stop(number)
-                self._stopping[number] = _Stopping(self._unheard, self._slots)
+                self._stopping[number] = _Stopping(
+                    functools.partial(self._unheard, number), self._slots
+                )
         self._post()
 
-    def _unheard(self) -> None:
+    def _unheard(self, number: int) -> None:
+        if self._outbox.is_stopping(
+            number
+        ):  # behind chunks of ours; a device that hangs is the lane's to see
+            self._stopping[number].wait()
+            return
         self._fail(
             f"the peer was told to stop writing to memory of a transfer that ended, and did not within {_STOP_S:g} s"
         )

@@ -16,15 +16,19 @@ class Silence:
     def __init__(self) -> None:
         self.patience_s = PATIENCE_S
         """Within it a device gets a packet through, or gives up."""
-        self._tick_s = self._lasted_s = 0.0
+        self._tick_s = self._lasted_s = self._owed_s = 0.0
 
-    def end(self) -> None:
-        """The device told something, or got new work."""
+    def end(self, *, is_paid: bool = False) -> None:
+        """The device told something, or got new work. `is_paid`: it told of work of ours."""
         self._lasted_s = 0.0
+        if is_paid:
+            self._owed_s = 0.0
 
-    def ticked(self, tick_s: float) -> None:
+    def ticked(self, tick_s: float, *, is_due: bool) -> None:
+        """`is_due`: whether it is bound to tell of work of ours. What the peer sends is no excuse."""
         self._tick_s = tick_s
         self._lasted_s += tick_s
+        self._owed_s = self._owed_s + tick_s if is_due else 0.0
 
     @property
     def is_notable(self) -> bool:
@@ -37,4 +41,4 @@ class Silence:
 
     def is_too_long(self, posted_bytes: int) -> bool:
         # Not before the device heard the doorbell again, however rare the ticks are.
-        return self._lasted_s > max(self.limit_s(posted_bytes), 2 * self._tick_s)
+        return self._owed_s > max(self.limit_s(posted_bytes), 2 * self._tick_s)

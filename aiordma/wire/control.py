@@ -128,6 +128,8 @@ class Bye(Frame):
 
     kind: ClassVar[int] = 12
     reason: str
+    is_fault: bool = False
+    """Whether it does so because of what we sent, and not on purpose."""
 
 
 _ENCODED = (Open, Claim, Unclaim, Acked, Done, Abort, MessageCredit, OpenCredit, Ping, Pong, Bye)

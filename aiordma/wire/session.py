@@ -159,9 +159,9 @@ class Session:
         """Ask for a PONG with this token."""
         self._control.send(control.Ping(token))
 
-    def bye(self, reason: str) -> None:
+    def bye(self, reason: str, *, is_fault: bool = False) -> None:
         """Say goodbye; nothing may be sent after it."""
-        self._control.send(Bye(reason[:_MAX_REASON_CHARS]))
+        self._control.send(Bye(reason[:_MAX_REASON_CHARS], is_fault))
 
     # Receiving
 
