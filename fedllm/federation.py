@@ -194,7 +194,8 @@ class Federation:
                 await self._members.give_up(exc.reason)
                 raise
             await self._members.part(self._weights, self._progress.cohort)
-            await self._told.heard()
+            await self._told.aclose()
+            self._told.check()
             return self.history
         finally:
             await self.aclose()
@@ -202,9 +203,11 @@ class Federation:
     async def aclose(self) -> None:
         """Stop listening and close all channels. A closed server can be started again."""
         serving, self._serving = self._serving, None
-        if serving is not None:
-            await serving.aclose()
-        await self._told.aclose()
+        try:
+            if serving is not None:
+                await serving.aclose()
+        finally:
+            await self._told.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -227,7 +230,7 @@ class Federation:
             result = await self._succeed()
             self._records.append(RoundRecord.of(result))
             await call(self._on_round, result)
-            await self._told.heard()
+            self._told.check()
             await self._evaluate()
 
     def _is_over(self) -> bool:
@@ -289,7 +292,12 @@ class Federation:
         settings, number = self._settings, self._progress.round + 1
         tries = Tries(settings.min_silos)
         while True:
-            free = await self._members.gather(settings.min_silos, tries.worth_asking)
+            try:
+                # Those who do not die each time come first; but the busy ones of them may never catch up.
+                async with asyncio.timeout(tries.patience_s(settings.absence_timeout_s)):
+                    free = await self._members.gather(settings.min_silos, tries.worth_asking)
+            except TimeoutError:
+                free = await self._members.gather(settings.min_silos, tries.left)
             asked = {name: free[name] for name in self._choose(free)}
             try:
                 result = await run_round(

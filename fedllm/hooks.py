@@ -6,10 +6,12 @@ import asyncio
 import inspect
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 __all__ = ["Hook", "SiloHook", "Told", "call"]
 
+LAST_ANSWER_S: Final = 1.0
+"""How long the end of a run waits for answers."""
 T = TypeVar("T")
 Hook: TypeAlias = Callable[[T], Awaitable[object] | object]
 SiloHook: TypeAlias = Callable[[str, str], Awaitable[object] | object]
@@ -35,7 +37,7 @@ class Told:
         self._error: Exception | None = None
 
     def tell(self, name: str, what: str) -> None:
-        """Tell it now. Raises what it raises; what its answer raises, `heard` does."""
+        """Tell it now. Raises what it raises; what its answer raises, `check` does."""
         if self._hook is None:
             return
         answer = self._hook(name, what)
@@ -44,25 +46,25 @@ class Told:
             if self._waiting is None:
                 self._waiting = asyncio.create_task(self._wait())
 
-    async def heard(self) -> None:
-        """Wait for all answers. Raises the first error of one, once."""
-        await self._settle()
+    def check(self) -> None:
+        """Raise the first error of an answer, once."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     async def aclose(self) -> None:
-        """Wait for all answers, whatever they raise. Cancelled, it drops those to come, and leaves no task."""
+        """Give answers that are under way `LAST_ANSWER_S`, whatever they raise, and drop those to come. Leaves no task."""
+        if (waiting := self._others()) is None:
+            return
         try:
-            await self._settle()
+            await asyncio.wait({waiting}, timeout=LAST_ANSWER_S)
         finally:
-            if self._waiting is not None:
-                self._waiting.cancel()
-                await asyncio.gather(self._waiting, return_exceptions=True)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
 
-    async def _settle(self) -> None:
-        while self._waiting is not None:
-            await asyncio.wait({self._waiting})
+    def _others(self) -> asyncio.Task[None] | None:
+        """The task that waits for answers, unless this is called by one of them: it may end the run."""
+        return None if self._waiting is asyncio.current_task() else self._waiting
 
     async def _wait(self) -> None:
         try:

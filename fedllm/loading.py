@@ -41,7 +41,12 @@ def on_trial(
     whole = {name: part for name, part in parts.items() if name not in sharded}
     rows = {name: part.detach().clone() for name, part in sharded.items()}
     own = {name: tensor.data for name, tensor in whole.items()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # a forward may change them
+    # A forward may change them, or assign new ones in their place.
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
     try:
         _fill(sharded, arrays)
         for name, tensor in whole.items():
@@ -54,8 +59,14 @@ def on_trial(
         with torch.no_grad():
             for name, part in sharded.items():
                 part.copy_(rows[name])
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer)
+                if not _overlaps_itself(buffer):  # nor could a forward have written there
+                    buffer.copy_(value)
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    return any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _fill(tensors: Tensors, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

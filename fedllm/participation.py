@@ -25,6 +25,7 @@ from fedllm.aggregate import Contribution, check_weight
 from fedllm.door import Door, turn_away
 from fedllm.errors import RoundAbandoned, StagingError, UpdateError
 from fedllm.messages import FROM_SILO, Begin, Commit, Decline, Ready, Task, Upload
+from fedllm.patience import patience
 from fedllm.sending import send_while_taken
 
 __all__ = [
@@ -298,7 +299,10 @@ async def _next_update(channel: Channel, task: Task, door: Door) -> Transfer:
     answer = asyncio.create_task(_receive_report(channel, task))
     both = (update, answer)
     try:
-        await asyncio.wait(both, timeout=UPLOAD_START_TIMEOUT_S, return_when="FIRST_COMPLETED")
+        async with patience(UPLOAD_START_TIMEOUT_S):
+            await asyncio.wait(both, return_when="FIRST_COMPLETED")
+    except TimeoutError:
+        pass  # and yet one of them may have come in the same turn
     finally:
         is_there, is_answered = update.done(), answer.done()
         for waiting in both:

@@ -54,19 +54,32 @@ class Tries:
         """Whether the silos that are there, or may come back, can be no quorum."""
         return len(set(there) - self.out) < self._min_silos
 
+    def left(self, there: Collection[str]) -> set[str]:
+        """All that are not out."""
+        return set(there) - self.out
+
+    def patience_s(self, limit_s: float | None) -> float | None:
+        """How long to wait for silos that are busy, before one that died each time is asked in their place; None: there
+        is none."""
+        pause_s = _pause_s(max(self._breaks.values(), default=0))
+        return (pause_s if limit_s is None else min(pause_s, limit_s / 2)) or None
+
     def worth_asking(self, there: Collection[str]) -> set[str]:
         """All that are not out; if they are enough, without those that die each time."""
-        left = set(there) - self.out
+        left = self.left(there)
         steady = {name for name in left if self._breaks[name] < MAX_BREAKS}
         return steady if len(steady) >= self._min_silos else left
 
     def pause_s(self, there: Collection[str]) -> float:
         """How long to wait before a try with those that are there, or may come back: the others train in vain when
         one dies that they need."""
-        worst = max((self._breaks[name] for name in self.worth_asking(there)), default=0)
-        if worst < MAX_BREAKS:
-            return 0.0
-        return min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(worst - MAX_BREAKS, 64))
+        return _pause_s(max((self._breaks[name] for name in self.worth_asking(there)), default=0))
+
+
+def _pause_s(breaks: int) -> float:
+    if breaks < MAX_BREAKS:
+        return 0.0
+    return min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(breaks - MAX_BREAKS, 64))
 
 
 def _has_died(error: Exception | None) -> bool:

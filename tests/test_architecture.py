@@ -122,7 +122,7 @@ ROOMS: Mapping[str, str] = {
     "fedllm.checkpoint": f"aiordma aiordma.errors {BELOW_ROUNDS}",
     "fedllm.door": f"aiordma {BELOW_ROUNDS}",
     "fedllm.sending": "aiordma",
-    "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.door fedllm.sending",
+    "fedllm.participation": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.door fedllm.sending fedllm.patience",
     "fedllm.shards": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.staged fedllm.participation",
     "fedllm.assembly": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.shards",
     "fedllm.rounds": f"aiordma aiordma.errors {BELOW_ROUNDS} fedllm.fold fedllm.participation fedllm.shards"
