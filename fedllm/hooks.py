@@ -53,7 +53,7 @@ class Told:
             raise error
 
     async def aclose(self) -> None:
-        """Give answers that are under way `LAST_ANSWER_S`, whatever they raise, and drop those to come. Leaves no task."""
+        """Give answers under way `LAST_ANSWER_S`, whatever they raise, and drop those to come. Leaves no task."""
         if (waiting := self._others()) is None:
             return
         try:
