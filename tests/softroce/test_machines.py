@@ -89,10 +89,8 @@ def test_where_roce_is_blocked_it_comes_up_over_tcp_and_says_why(start):
     for reason in results["any"]["lanes"]:
         assert reason.startswith("tcp: the ")
         assert re.search(r"no packet got through .* UDP port 4791", reason)
-    over_tcp_s, probed_s = json.loads((start / "connected.json").read_text())[::2]
-    assert PROBE_S <= probed_s < 2 * PROBE_S + over_tcp_s, (
-        "the probe, and then the channel is there"
-    )
+    *_, probed_s = json.loads((start / "connected.json").read_text())
+    assert probed_s < 2 * PROBE_S, "all of the handshake, on an emulated processor"
 
 
 def rounds_across(out, netem="", environment=None):
