@@ -45,7 +45,7 @@ def slot_offset(slot: int, slot_bytes: int) -> int:
     return CELLS * _CELL_BYTES + slot * slot_bytes
 
 
-class SlotState(enum.Enum):
+class SlotState(enum.StrEnum):
     POSTED = "posted"
     FILLED = "filled"
     RELEASED = "released"

@@ -15,7 +15,7 @@ from aiordma.errors import RemoteProtocolError
 __all__ = ["GrantWindow", "Lent", "SendWindow", "SlotLedger", "bits"]
 
 
-class Lent(enum.Enum):
+class Lent(enum.StrEnum):
     FREE = "free"
     POSTED = "posted"
 

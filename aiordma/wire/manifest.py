@@ -139,25 +139,26 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
             )
 
     def _parts(self, offset: int, end: int) -> Iterator[Part]:
-        starts, specs = self._layout
+        starts, ranges = self._layout
         index = max(bisect_right(starts, offset) - 1, 0)
         while offset < end:
-            spec = specs[index]
+            spec, start, range_end, item_bytes = ranges[index]
             index += 1
-            stop = min(spec.end, end)
-            first = (offset - spec.offset) // spec.item_bytes
-            yield Part(spec, first, offset, stop - offset)
+            stop = min(range_end, end)
+            yield Part(spec, (offset - start) // item_bytes, offset, stop - offset)
             offset = stop
 
     @cached_property
-    def _layout(self) -> tuple[list[int], list[TensorSpec]]:
-        """Each distinct range of the data once, by rising offset: first bytes, and tensors."""
+    def _layout(self) -> tuple[list[int], list[tuple[TensorSpec, int, int, int]]]:
+        """Each distinct range of the data once, by rising offset: first bytes; and tensor, first byte, end, bytes an
+        element."""
         by_offset: dict[int, TensorSpec] = {}
         for spec in self.tensors:
             if spec.nbytes:
                 by_offset.setdefault(spec.offset, spec)
         starts = sorted(by_offset)
-        return starts, [by_offset[start] for start in starts]
+        specs = [by_offset[start] for start in starts]
+        return starts, [(spec, spec.offset, spec.end, spec.item_bytes) for spec in specs]
 
 
 def lay_out(entries: Iterable[tuple[str, str, tuple[int, ...], Hashable | None]]) -> Manifest:
