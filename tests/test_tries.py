@@ -13,7 +13,8 @@ from fedllm import Outcome, QuorumNotReached, RunFailed, Status
 from fedllm.membership import choose
 from fedllm.messages import FROM_SERVER, Goodbye
 from fedllm.tries import FIRST_PAUSE_S, MOST_PAUSE_S, Tries
-from tests.federation import QUICK, Log, joining, raw, running
+from tests.federation import DEADLINE_S, QUICK, Log, joining, raw, running
+from tests.harness import cancel
 from tests.playing import LARGE, Behaviour, be_asked, begin_upload
 from tests.test_round_faults import send_a_huge_meta
 
@@ -56,10 +57,32 @@ def test_who_dies_each_time_is_asked_if_the_others_are_too_few_and_after_growing
     assert tries.out == set()
     assert tries.worth_asking("abc") == set("ab")
     assert tries.worth_asking("ac") == set("ac")
+    assert tries.left("abc") == set("abc")
     assert tries.pause_s("abc") == 0
     assert pauses[:4] == [0, FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
     assert pauses[-1] == MOST_PAUSE_S
     assert not tries.is_hopeless("ac")
+
+
+@pytest.mark.parametrize(
+    ("breaks", "limit_s", "patience_s"),
+    [
+        (0, None, None),
+        (1, 4.0, None),
+        (2, None, FIRST_PAUSE_S),
+        (3, None, 2 * FIRST_PAUSE_S),
+        (99, None, MOST_PAUSE_S),
+        (99, 4.0, 2.0),
+        (2, 4.0, FIRST_PAUSE_S),
+    ],
+)
+def test_busy_silos_are_waited_for_until_one_that_died_each_time_is_worth_it(
+    breaks: int, limit_s: float | None, patience_s: float | None
+):
+    tries = Tries(2)
+    for _ in range(breaks):
+        tries.note({"c": Outcome(status=Status.FAILED, error=ChannelBroken())})
+    assert tries.patience_s(limit_s) == patience_s
 
 
 # In runs
@@ -121,6 +144,30 @@ async def test_a_quorum_of_others_does_not_wait_for_who_dies_each_time():
         await asyncio.gather(die_twice(address), *good, run)
     assert list(log.rounds[0].outcomes) == ["a", "b"]
     assert trained == [1] * 4
+
+
+@pytest.mark.usefixtures("loop_kind")
+async def test_a_quorum_with_who_died_each_time_is_used_while_others_are_busy_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("fedllm.tries.FIRST_PAUSE_S", 0.01)
+    log, trained = Log(), list[int]()
+
+    async def die_twice_and_come_back(address: tuple[str, int]) -> None:
+        await misbehave_twice(address, log, hang_up)
+        await train(address, "c", trained)
+
+    options = {"min_silos": 2, "expect": 3, "train_deadline_s": DEADLINE_S}
+    async with running(log, **options) as (address, run), asyncio.timeout(10):
+        busy = asyncio.ensure_future(train(address, "b", [], asyncio.Event().wait))
+        try:
+            good = train(address, "a", trained)
+            await asyncio.gather(good, die_twice_and_come_back(address), run)
+        finally:
+            await cancel(busy)
+    assert list(log.rounds[0].outcomes) == ["a", "c"]
+    assert trained == [1] * 4
+    assert "b caught up" not in log.lines
 
 
 @pytest.mark.usefixtures("loop_kind")
