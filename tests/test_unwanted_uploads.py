@@ -33,6 +33,7 @@ from fedllm.messages import (
     Upload,
 )
 from fedllm.staged import Stage, StagedContribution
+from tests.harness import turns
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -137,6 +138,26 @@ async def test_who_begins_no_upload_has_failed(monkeypatch: pytest.MonkeyPatch):
         outcome = (await a_round(servers)).outcomes["c"]
     assert isinstance(outcome.error, aiordma.TransferTimeout)
     assert "began none within 0.5 s" in outcome.reason
+
+
+async def test_a_server_that_stood_still_itself_does_not_blame_the_silo(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("fedllm.participation.UPLOAD_START_TIMEOUT_S", DEADLINE_S)
+    loop = asyncio.get_running_loop()
+    now = loop.time
+
+    async def upload_after_the_pause(channel: Channel) -> Commit:
+        task = await be_asked(channel)
+        monkeypatch.setattr(loop, "time", lambda: now() + 2 * DEADLINE_S)
+        await turns(5)
+        await channel.send_tensors(ONES, meta=task.meta(1))
+        commit: Commit = await channel.recv(FROM_SERVER)
+        return commit
+
+    async with acting(c=upload_after_the_pause) as (servers, acts):
+        assert (await a_round(servers)).outcomes["c"].status is Status.COMMITTED
+        assert (await acts[0]).accepted
 
 
 async def test_who_says_ready_instead_of_uploading_is_refused():
