@@ -190,3 +190,38 @@ def test_a_look_in_training_mode_leaves_no_statistics_of_other_weights():
         raise ZeroDivisionError
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name
+
+
+class Averaging(nn.Module):
+    """Buffers of several kinds: one that a forward assigns anew, one of two names, one that overlaps itself."""
+
+    start: torch.Tensor
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.register_buffer("start", torch.zeros(2))
+        self.register_buffer("mean", self.start)
+        self.register_buffer("scale", torch.ones(1).expand(2))
+        self.register_buffer("none", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x) * self.scale
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return y
+
+
+def test_a_look_gives_back_buffers_that_a_forward_assigns_anew():
+    model = Averaging()
+    own = dict(model.named_buffers(remove_duplicate=False))
+    before = snapshot(full_arrays(model)), {name: b.clone() for name, b in own.items()}
+    with full_on_trial(model, {name: a + 1 for name, a in full_arrays(model).items()}):
+        model(torch.randn(9, 2) + 5)
+        assert model.mean is not own["mean"]
+    after = dict(model.named_buffers(remove_duplicate=False))
+    assert_same(full_arrays(model), before[0])
+    assert list(after) == list(own)
+    for name, buffer in after.items():
+        assert buffer is own[name], name
+        assert torch.equal(buffer, before[1][name]), name
