@@ -77,8 +77,8 @@ async def join(
     check_seconds("timeout_s", timeout_s)
     kept = Kept(keep, name) if keep is not None else None
     request = await _request(name, fingerprint, kept, shard)
-    record = Journal(journal, name) if journal is not None else None
-
+    rank = None if shard is None else shard.rank
+    record = Journal(journal, name, rank) if journal is not None else None
     dial = partial(connect, host, port, config=config, proxy=proxy, timeout_s=timeout_s)
     door = _Door(dial, f"{host}:{port}", request, timeout_s, backoff, record, on_event)
     try:
@@ -174,8 +174,7 @@ class _Door:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(channel.aclose)
             request = self._request
-            rank = None if request.shard is None else request.shard.rank
-            facts = {"name": request.name, "fingerprint": request.fingerprint, "rank": rank}
+            facts = {"name": request.name, "fingerprint": request.fingerprint}
             await self._note("join", server=self._address, **facts)
             welcome = await self._be_admitted(channel)
             await self._note("welcome", **msgspec.structs.asdict(welcome))

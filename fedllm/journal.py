@@ -22,12 +22,10 @@ _PIECE_BYTES: Final = 1 << 20
 class Journal:
     """Each line is on the disk before that of which it tells is sent. All calls block."""
 
-    def __init__(self, path: Path, silo: str) -> None:
-        """Silos, and the ranks of one, may write to the same file."""
-        self.rank: int | None = None
-        """Of a sharded silo: in each line, once it is set."""
+    def __init__(self, path: Path, silo: str, rank: int | None = None) -> None:
+        """Silos, and the ranks of a sharded one, may write to the same file."""
         self._path = path
-        self._silo = silo
+        self._who = {"silo": silo} if rank is None else {"silo": silo, "rank": rank}
 
     def write(self, event: str, **facts: Any) -> None:
         """Add a line: the time (UTC), the silo and rank, the event, its facts. Raises `JournalError`.
@@ -35,8 +33,7 @@ class Journal:
         What JSON has no word for, which a server may well send, is written as Python's `repr` has it.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        rank = {} if self.rank is None else {"rank": self.rank}
-        record = {"time": time, "silo": self._silo, **rank, "event": event, **facts}
+        record = {"time": time, **self._who, "event": event, **facts}
         try:
             self._append(msgspec.json.encode(record, enc_hook=repr) + b"\n")
         except OSError as exc:

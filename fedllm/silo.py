@@ -91,8 +91,6 @@ class Silo:
         """Where that for the weights of each round comes from: to be set before them. None: the system."""
         self._policy = policy
         self._journal = journal
-        if journal is not None and shard is not None:
-            journal.rank = shard.rank
         self._talk = Conversation(channel, policy, journal)
         self._unanswered: int | None = None
         """The ticket of the last task, until it has its Ready or Decline."""

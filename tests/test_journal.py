@@ -92,11 +92,18 @@ async def test_ranks_that_share_a_file_say_which_they_are(tmp_path: Path):
     path = tmp_path / "journal.jsonl"
     async with running(Log()) as (address, run):
         await asyncio.gather(*(rank(address, shard, 4, journal=path) for shard in TWO), run)
-    told = [line for line in lines(path) if line["event"] not in ("join", "welcome")]
-    assert {line["rank"] for line in told} == {0, 1}
+    events = "join welcome heard heard said heard upload uploaded heard heard"
     for number in (0, 1):
-        mine = [line["event"] for line in told if line["rank"] == number]
-        assert mine == ["heard", "heard", "said", "heard", "upload", "uploaded", "heard", "heard"]
+        mine = [line["event"] for line in lines(path) if line["rank"] == number]
+        assert mine == events.split()
+
+
+async def test_a_rank_that_is_refused_says_which_it_is(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    async with running(Log()) as (address, _):
+        with pytest.raises(JoinRefused):
+            await rank(address, TWO[1], 4, journal=path, fingerprint={"weights": "another"})
+    assert [(line["event"], line["rank"]) for line in lines(path)] == [("join", 1), ("refused", 1)]
 
 
 async def test_lines_are_only_ever_added(tmp_path: Path):
