@@ -26,7 +26,9 @@ class _Waiting:
 class Assembly:
     """The ranks that wait for others of their silos."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float | None) -> None:
+        """`limit_s`: how long a rank waits; None: for ever."""
+        self._limit_s = limit_s
         self._waiting: list[_Waiting] = []
 
     def check_free(self, name: str) -> None:
@@ -40,11 +42,11 @@ class Assembly:
     async def meet(
         self, channel: Channel, join: Join, shard: Shard
     ) -> tuple[Shards, frozenset[str]] | None:
-        """Wait for the other ranks, however long that takes: the last one may have to be restarted.
+        """Wait for the other ranks. There may be no limit: the last one may have to be restarted.
 
         Who comes last gets all of them and their keys, at once, to speak for them in its task; the others get None when
-        that is over. Raises `SettingError` for a rank that waits already, or one of another number of ranks; an
-        `aiordma` error when the channel ends.
+        that is over. Raises `SettingError` for a rank that waits already, or one of another number of ranks, and when
+        the others do not come; an `aiordma` error when the channel ends.
         """
         others = [one for one in self._waiting if one.join.name == join.name]
         for one in others:
@@ -76,7 +78,13 @@ class Assembly:
         # A rank that waits says nothing: what is heard is that its channel ends.
         listening = asyncio.create_task(me.channel.recv(FROM_SILO))
         try:
-            await asyncio.wait({me.speaker, listening}, return_when=asyncio.FIRST_COMPLETED)
+            both = {me.speaker, listening}
+            await asyncio.wait(both, timeout=self._limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if not me.speaker.done() and not listening.done():
+                raise SettingError(
+                    f"the other ranks of {me.join.name!r} did not come within {self._limit_s:g} s: one may have been "
+                    "refused, or have died"
+                )
             if not me.speaker.done():
                 raise SettingError(f"a rank that waits for the others said {listening.result()}")
         finally:

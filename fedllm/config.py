@@ -67,7 +67,8 @@ class RunConfig:
     join_timeout_s: float = 10.0
     """How long a peer that has connected may take to say who it is."""
     absence_timeout_s: float | None = None
-    """How long a round waits for its quorum of silos to be there, and to catch up if they are late; None: for ever."""
+    """How long a round waits for its quorum of silos to be there, and to catch up if they are late; and a rank
+    of a sharded silo for the others; None: for ever."""
     farewell_s: float = 60.0
     """How long the end of the run waits for silos of the last round whose connection broke, to give them the
     final weights when they are back."""

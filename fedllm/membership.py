@@ -93,7 +93,7 @@ class Membership:
         self._on_silo = on_silo
         self._takes_parts = takes_parts
         self._members: dict[str, _Member] = {}
-        self._assembly = Assembly()
+        self._assembly = Assembly(settings.absence_timeout_s)
         self._left: set[str] = set()
         """Who closed its channel in order, and is not expected back."""
         self._changed = asyncio.Event()

@@ -160,6 +160,22 @@ async def test_a_rank_waits_for_the_others_as_long_as_it_takes():
                 await rank(address, TWO[0], 4, timeout_s=DEADLINE_S / 3)
 
 
+async def test_a_rank_hears_it_if_the_others_are_refused_and_there_is_a_limit():
+    log, gate = Log(), asyncio.Event()
+    async with running(log, absence_timeout_s=DEADLINE_S) as (address, run), asyncio.timeout(10):
+        shop = asyncio.ensure_future(take_part(address, "shop", 1, gate=gate))
+        await log.has("shop joined")  # the run goes on: it is not its end that ends the waiting
+        waiting = asyncio.ensure_future(rank(address, TWO[0], 4))
+        await log.has("bank rank 0 of 2 is there")
+        with pytest.raises(JoinRefused, match="not the same weights"):
+            await rank(address, TWO[1], 4, fingerprint={"weights": "another"})
+        with pytest.raises(JoinRefused, match="other ranks of 'bank' did not come within") as info:
+            await waiting
+        assert not info.value.is_final
+        gate.set()
+        await asyncio.gather(shop, run)
+
+
 async def test_a_rank_that_waits_and_comes_anew_takes_its_own_place():
     log = Log()
     join = Join("bank", FINGERPRINT, "key", TWO[0])
