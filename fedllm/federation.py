@@ -68,8 +68,8 @@ class Federation:
         resumes does not call them again. `on_silo` is called with a silo's name, or the address of one that has none,
         and what became of it: "rank 0 of 2 is there" (if it is sharded), "joined", "refused: ...",
         "caught up" (it was late), "gone: ...", and, of a try that lost its quorum, "refused in round 3: ..." or the
-        like; if it returns an awaitable, that is awaited beside the run, before the one of the next call. What they
-        raise ends the run, or that silo's membership.
+        like; if it returns an awaitable, that is awaited beside the run, before the one of the next call, and dropped
+        if it is not over a second after the run is. What they raise ends the run, or that silo's membership.
 
         Raises `WeightsError` for weights that cannot be averaged, `aiordma.TensorError` for such that cannot be
         sent, `SettingError` for arguments that no silo can be told.
