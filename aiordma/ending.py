@@ -38,7 +38,7 @@ class Ending:
     async def over(self, ports: Sequence[Port]) -> None:
         """Wait for it. Then, even if this was cancelled, the rings' budget is given back."""
         self._gives_rings_back = True
-        while self._task is not None and not self._task.done():
+        while self._task is not None and not (self._is_under_way and self._task.done()):
             await asyncio.wait([self._task])
         _give_back(ports)
 

@@ -205,6 +205,7 @@ async def test_who_breaks_the_protocol_hears_how(role):
         await foreign.say_body(99, b"\x90")
         goodbye = await foreign.hear(control.Bye)
         assert goodbye.reason == "what came breaks the protocol: a control frame of unknown kind 99"
+        assert goodbye.is_fault
         await foreign.ended()
 
 

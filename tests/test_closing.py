@@ -20,6 +20,7 @@ from aiordma import (
     ChannelConfig,
     ChannelError,
     ConnectError,
+    RemoteProtocolError,
     listen,
 )
 from aiordma.ring import BUDGET
@@ -85,6 +86,23 @@ async def test_incoming_ends_after_the_last_whole_transfer(pair: Pair) -> None:
     await until(lambda: far.is_closed)
     got = [transfer.meta async for transfer in far.incoming() if await transfer.arrays()]
     assert got == [0, 1]
+
+
+async def test_incoming_raises_when_the_peer_ends_for_what_we_sent(pair: Pair) -> None:
+    near, far = pair
+    got = []
+
+    async def consume() -> None:
+        async for transfer in near.incoming():
+            await transfer.arrays()
+            got.append(transfer.meta)
+
+    consuming = asyncio.create_task(consume())
+    await far.send_tensor(noise(SLOT), confirm=True)
+    far._link.fail(RemoteProtocolError("a chunk came for slot 3, which was not granted"))
+    with pytest.raises(ChannelBroken, match=r"the peer closed the channel: what came .* slot 3"):
+        await consuming
+    assert len(got) == 1
 
 
 def calls(channel: Channel) -> dict[str, Callable[[], Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from aiordma import tensors as tensors_module
+from aiordma import ChannelConfig, Chunk, tensors as tensors_module
 from aiordma.errors import ManifestError, TensorError
 from aiordma.outgoing import prepare
 from aiordma.tensors import Destination, allocate, destination, typed_view
 from aiordma.wire.manifest import ITEM_BYTES, TensorSpec, lay_out
 from tests.arrays import NUMPY, TORCH, move, numpy_of, torch_of
+from tests.harness import channel_pair
 
 
 @pytest.fixture
@@ -152,3 +154,27 @@ def test_any_mixture_arrives_whole_in_the_callers_arrays(rows: Any, chunk_bytes:
     got = prepare(into)
     total = outgoing.manifest.total_bytes
     assert b"".join(got.views(0, total)) == b"".join(outgoing.views(0, total))
+
+
+@pytest.mark.parametrize("way", ["arrays", "into"])
+async def test_what_is_looked_at_is_what_is_kept_though_the_peer_writes_on(way: str) -> None:
+    """Its device can write to the slot at any time, and so it does here amid the look."""
+    async with channel_pair("rdma", ChannelConfig(slot_bytes=4096, slots=8)) as (near, far):
+        sent = {"a": np.full(300, np.nan, np.float32), "b": np.full(700, np.nan, np.float32)}
+        ring, looked_at = far._link.ports[0].ring, []
+
+        def look(chunk: Chunk) -> None:
+            for slot in range(ring.slots):
+                ring.view(slot, 4096)[:] = bytes(4096)
+            looked_at.extend(view.copy() for _, _, view in chunk.parts())
+
+        sending = asyncio.create_task(near.send_tensors(sent))
+        transfer = await anext(far.incoming())
+        into = {name: np.zeros_like(array) for name, array in sent.items()}
+        if way == "arrays":
+            into = await transfer.arrays(on_chunk=look)
+        else:
+            await transfer.into(into, on_chunk=look)
+        await sending
+        kept = [into[name] for name in sent]
+        assert np.array_equal(np.concatenate(looked_at), np.concatenate(kept), equal_nan=True)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from aiordma import Channel, ChannelConfig
+from aiordma.lanes.base import close_all
 from aiordma.lanes.rdma import RdmaLane
 from tests.fake_device import FakeQueuePair, queue_pair
 from tests.foreign import nothing_left
-from tests.harness import channel_pair, noise, round_trips, until
+from tests.harness import channel_pair, noise, round_trips, turns, until
 
 pytestmark = pytest.mark.usefixtures("loop_kind")
 
@@ -61,6 +62,51 @@ async def test_a_close_that_is_cancelled(end: int, turns_before: int) -> None:
         assert device.wire.is_gone
         assert not device.windows
         await asyncio.gather(*calls, return_exceptions=True)
+
+
+@pytest.mark.parametrize("is_closed_too", [False, True])
+@pytest.mark.parametrize("end", [0, 1])
+async def test_an_end_that_is_cancelled_before_it_has_begun(end: int, is_closed_too: bool) -> None:
+    """As when the peer hangs up in the turn in which asyncio.run cancels all tasks."""
+    async with nothing_left(), channel_pair("rdma", CONFIG) as ends:
+        calls = await amid_a_transfer(*ends)
+        device = queue_pair(ends[end])
+        device.wire.withholds_acks = True
+        was_gone: list[bool] = []
+        calls[end].add_done_callback(lambda _: was_gone.append(device.wire.is_gone))
+        before = asyncio.all_tasks()
+        ends[end]._link.control_lost(None)
+        hurried = asyncio.all_tasks() - before
+        assert hurried
+        if is_closed_too:
+            closing = asyncio.create_task(ends[end].aclose())
+            closing.add_done_callback(lambda _: was_gone.append(device.wire.is_gone))
+            calls.append(closing)
+        for task in (*hurried, calls[end]):
+            task.cancel()
+        await until(lambda: all(call.done() for call in calls))
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert was_gone == [True] * (1 + is_closed_too)
+
+
+async def test_lanes_whose_end_is_cancelled_twice() -> None:
+    """The first time before they have begun, the second while one of them closes."""
+    config = ChannelConfig(slot_bytes=SLOT, slots=8, lanes=3, close_timeout_s=0.2)
+    async with nothing_left(), channel_pair("rdma", config) as (near, far):
+        calls = await amid_a_transfer(near, far)
+        lanes = [port.lane for port in near._link.ports]
+        wires = [lane._qp.wire for lane in lanes]  # type: ignore[attr-defined]
+        for wire in wires:
+            wire.withholds_acks = True
+        closing = asyncio.create_task(close_all(lanes))
+        await turns(1)
+        for _ in range(2):
+            closing.cancel()
+            await turns(5)
+        await asyncio.wait([closing])
+        assert closing.cancelled()
+        assert all(wire.is_gone for wire in wires)
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_a_lane_that_cannot_be_closed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

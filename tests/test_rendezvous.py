@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 
 from aiordma import Channel, ChannelConfig, TransferAborted
-from aiordma.errors import ChannelBroken, ChannelClosed, ChecksumError
-from aiordma.lanes import rendezvous
+from aiordma.errors import ChannelClosed, ChecksumError
 from aiordma.lanes.outbox import WINDOWS
 from aiordma.lanes.rdma import RdmaLane
 from tests.fake_device import queue_pair
@@ -308,64 +306,6 @@ async def test_a_receive_that_is_cancelled_before_the_first_chunk_loses_nothing(
     await sending
     assert np.array_equal(second, source)
     assert (into == CANARY).all()
-
-
-async def test_a_peer_that_does_not_stop_loses_the_lane(pair: Pair) -> None:
-    near, far = pair
-    wire, into = queue_pair(near).wire, registered(far)
-    receiving = asyncio.create_task(far.recv_tensor(into=into))
-    await turns(3)
-    wire.hold()
-    sending = asyncio.create_task(near.send_tensor(noise(SIZE)))
-    await until(lambda: queue_pair(far).windows)
-    with (
-        mock.patch("aiordma.lanes.rendezvous._STOP_S", 0.05),
-        mock.patch("aiordma.port._GRACE_S", 0.0),
-    ):
-        receiving.cancel()
-        await asyncio.wait([receiving])
-    assert receiving.cancelled()
-    assert not queue_pair(far).windows, "given back, and not out of reach"
-    into[:] = CANARY
-    assert "was told to stop writing to memory" in str(far._link.error)
-    wire.hold(False)
-    with pytest.raises(ChannelBroken):
-        await sending
-    assert (into == CANARY).all()
-
-
-async def test_a_peer_that_stops_has_the_time_that_its_chunks_take(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it had posted before it heard of it comes first, and goes on as long as something comes."""
-    near, far = pair
-    wire, into = queue_pair(near).wire, registered(far)
-    receiving = asyncio.create_task(far.recv_tensor(into=into))
-    await turns(3)
-    wire.hold()
-    sending = asyncio.create_task(near.send_tensor(noise(SIZE)))
-    await until(lambda: queue_pair(far).windows)
-    while not far._link.ports[0].windows._used:  # type: ignore[union-attr]
-        wire.carry(1)
-        await turns(3)
-    timers, loop = 0, asyncio.get_running_loop()
-    call_later = loop.call_later
-
-    def counted(delay_s: float, callback: Any, *args: Any) -> asyncio.TimerHandle:
-        nonlocal timers
-        timers += delay_s == rendezvous._STOP_S
-        return call_later(delay_s, callback, *args)
-
-    monkeypatch.setattr(loop, "call_later", counted)
-    receiving.cancel()
-    await turns(3)
-    for expected in (1, 2, 3):
-        assert timers == expected
-        wire.carry(2)  # both halves of a chunk
-        await turns(5)
-    wire.hold(False)
-    await asyncio.gather(receiving, sending, return_exceptions=True)
-    assert timers <= 1 + 4, "once for each slot"
 
 
 async def test_a_channel_that_closes_amid_it(pair: Pair) -> None:

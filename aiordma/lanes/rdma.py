@@ -268,6 +268,7 @@ class RdmaLane:
             self._lose(self._broken(self._qp.explain(completion)))
             return
         self.probe.was_sent(completion.wr_id)
+        self.windows.said()
         if invalidated := self._outbox.take_invalidated():
             self.windows.invalidated(invalidated)
         if self._handler is not None and not self._is_over:

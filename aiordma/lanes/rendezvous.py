@@ -22,7 +22,6 @@ the memory region. Nothing of a transfer is to be believed before the window is 
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -43,20 +42,26 @@ class _Stopping:
     def __init__(self, unheard: Callable[[], None], slots: int) -> None:
         self._unheard = unheard
         self._left = slots
-        self._timer = asyncio.get_running_loop().call_later(_STOP_S, unheard)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def said(self) -> None:
+        """The peer's device has it: before that it was behind chunks of ours, which is no fault of the peer's."""
+        if self._timer is None:
+            self._wait()
 
     def moved(self) -> None:
         """A chunk came. No more can than there are slots: each was posted in one from before."""
-        self._left -= 1
-        if self._left >= 0:
-            self.wait()
-
-    def wait(self) -> None:
-        self.cancel()
-        self._timer = asyncio.get_running_loop().call_later(_STOP_S, self._unheard)
+        if self._timer is not None and self._left:
+            self._left -= 1
+            self._wait()
 
     def cancel(self) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self) -> None:
+        self.cancel()
+        self._timer = asyncio.get_running_loop().call_later(_STOP_S, self._unheard)
 
 
 class _Open(NamedTuple):
@@ -150,17 +155,16 @@ class Windows:
                 self._outbox.invalidate(self._open[number].window)
             elif number not in self._stopping:
                 self._outbox.stop(number)
-                self._stopping[number] = _Stopping(
-                    functools.partial(self._unheard, number), self._slots
-                )
+                self._stopping[number] = _Stopping(self._unheard, self._slots)
         self._post()
 
-    def _unheard(self, number: int) -> None:
-        if self._outbox.is_stopping(
-            number
-        ):  # behind chunks of ours; a device that hangs is the lane's to see
-            self._stopping[number].wait()
-            return
+    def said(self) -> None:
+        """Work of ours is done, perhaps what tells the peer to stop."""
+        for number, stopping in self._stopping.items():
+            if not self._outbox.is_stopping(number):
+                stopping.said()
+
+    def _unheard(self) -> None:
         self._fail(
             f"the peer was told to stop writing to memory of a transfer that ended, and did not within {_STOP_S:g} s"
         )

@@ -32,8 +32,8 @@ class Silence:
 
     @property
     def is_notable(self) -> bool:
-        """Whether it has lasted a whole tick."""
-        return self._lasted_s > self._tick_s
+        """Whether it, or what is due, has lasted a whole tick."""
+        return max(self._lasted_s, self._owed_s) > self._tick_s
 
     def limit_s(self, posted_bytes: int) -> float:
         """How long it may last while a device has these to send."""
