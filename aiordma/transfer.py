@@ -351,7 +351,7 @@ class Transfer:
 
         `on_chunk` is called with each chunk, in any order, when it is in its place and its check was right: to show
         progress, or to look at its numbers while they are in the cache. It keeps the loop from other things. What it
-        raises is raised here, and the transfer is aborted.
+        raises is raised here, and the transfer is aborted. To registered memory a peer's device can still write then.
         Raises and is cancelled like `arrays`; the arrays hold undefined bytes unless it succeeds.
         """
         self.reception.begin(destination(self.manifest, mapping), on_chunk)

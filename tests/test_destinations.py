@@ -161,7 +161,8 @@ async def test_what_is_looked_at_is_what_is_kept_though_the_peer_writes_on(way: 
     """Its device can write to the slot at any time, and so it does here amid the look."""
     async with channel_pair("rdma", ChannelConfig(slot_bytes=4096, slots=8)) as (near, far):
         sent = {"a": np.full(300, np.nan, np.float32), "b": np.full(700, np.nan, np.float32)}
-        ring, looked_at = far._link.ports[0].ring, []
+        ring = far._link.ports[0].ring
+        looked_at: list[Any] = []
 
         def look(chunk: Chunk) -> None:
             for slot in range(ring.slots):
