@@ -176,6 +176,7 @@ def typed_view(spec: TensorSpec, data: memoryview) -> np.ndarray[Any, Any]:
 
 
 def describe(name: object, value: object) -> Memory:
+    """The array as the bytes that it holds, without a copy. Raises `TensorError`, which names it and the remedy."""
     if not isinstance(name, str):
         raise TensorError(f"tensor name {name!r} is a {kind_of(name)}: names are str")
     torch = sys.modules.get("torch")
